@@ -1,0 +1,97 @@
+"""Exact usage metering for the OpenAI Python SDK: what each of your customers used.
+
+    spryng_instrument.instrument()                       # once, at start-up
+
+    with spryng_instrument.usage_context(key="company123", conversation_id="c-42", tags=["support"]):
+        client.chat.completions.create(...)              # nothing else changes
+
+Importing this loads neither openai nor anything else that is slow to load; instrument() does.
+"""
+
+from __future__ import annotations
+
+from spryng_instrument.context import tracked, usage_context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+    from typing import Any, Literal
+
+    from spryng_instrument import errors
+    from spryng_instrument.recorder import Stats, flush, stats, track_usage
+
+__version__ = "0.1.0"
+__all__ = [
+    "Stats",
+    "errors",
+    "flush",
+    "instrument",
+    "stats",
+    "track_usage",
+    "tracked",
+    "uninstrument",
+    "usage_context",
+]
+
+
+def instrument(
+    *,
+    destination: str | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    default_key: str | None = None,
+    on_missing_key: Literal["warn", "ignore", "raise"] | None = None,
+    capture_query: bool | None = None,
+    include_usage_hosts: Iterable[str] | None = None,
+    beat_s: float | None = None,
+    exit_timeout_s: float | None = None,
+    memory_limit: int | None = None,
+) -> None:
+    """Record every OpenAI call of this process from now on, of clients made before and after.
+
+    Every argument is also an environment variable, SPRYNG_ and its name in capitals; the argument wins. A second call
+    changes nothing; with other arguments it says in the log which ones differ.
+
+    Args:
+        destination: URL of the ledger. Default: sqlite:///.spryng/usage.db
+        journal: folder where messages wait for delivery. Default: `journal` beside the ledger.
+        default_key: customer of the calls made outside any usage_context. Default: none, recorded as (no key).
+        on_missing_key: what such a call does: "warn" once per line of code (default), "ignore", or "raise"
+            MissingKeyError before it is sent.
+        capture_query: record the last user message of each call as its query. Default: False, no content is recorded.
+        include_usage_hosts: hosts besides api.openai.com whose streams are asked for their usage.
+        beat_s: seconds between a message and its delivery. Default: 0.2.
+        exit_timeout_s: seconds that the interpreter's exit may wait for delivery. Default: 2; the rest stays in the
+            journal for the next process.
+        memory_limit: messages held in memory while the journal's disk takes none. Default: 10,000.
+
+    Raises:
+        SettingsError: one of them cannot be used; the message has the value and what to do.
+    """
+    from spryng_instrument import patch
+
+    arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "patch"}
+    patch.instrument(**arguments)
+
+
+def uninstrument() -> None:
+    """Put the SDK back as it was, and deliver what can be. Harmless where instrument() was not called."""
+    from spryng_instrument import patch
+
+    patch.uninstrument()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Stats", "flush", "stats", "track_usage"):
+        from spryng_instrument import recorder
+
+        return getattr(recorder, name)
+    if name == "errors":
+        from importlib import import_module
+
+        return import_module("spryng_instrument.errors")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,260 @@
+"""The seams in the SDK: `request` on its two base clients, through which every HTTP call goes exactly once.
+
+instrument() wraps them, uninstrument() puts back the very functions that were there. Resources, clients and their
+methods stay untouched, so signatures, pickling and isinstance do too. Every released SDK since 1.0
+sends plain calls, streams, raw responses, helpers, Azure and `client.post` through this method, retries within it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from spryng_instrument import recorder as recording
+from spryng_instrument.context import Scope, current_scope
+from spryng_instrument.endpoints import endpoint_of
+from spryng_instrument.errors import MissingKeyError
+from spryng_instrument.observe import Call
+from spryng_instrument.recorder import Recorder
+from spryng_instrument.settings import Settings, differences, resolve
+
+log = logging.getLogger("spryng_instrument")
+
+SEAMS = ("SyncAPIClient", "AsyncAPIClient")
+OPENAI_HOST = "api.openai.com"
+RAW_HEADER = "x-stainless-raw-response"
+
+NO_SCOPE = Scope()
+NO_BODY: dict[str, Any] = {}
+
+_lock = threading.Lock()
+_patched: dict[Any, Any] = {}
+_refusing: set[str] = set()
+"""Hosts that rejected stream_options: they are not asked again."""
+_hosts: dict[int, tuple[object, str]] = {}
+
+
+def instrument(**arguments: Any) -> None:
+    """Record every OpenAI call of this process from now on. See spryng_instrument.instrument."""
+    with _lock:
+        settings = resolve(arguments)
+        if recording.active is not None:
+            _say_differences(recording.active.settings, settings, arguments)
+            return
+        recorder = Recorder(settings)
+        _patch()
+        recording.activate(recorder)
+        recorder.start()
+
+
+def uninstrument() -> None:
+    """Put the SDK back as it was, and deliver what can be. Harmless where instrument() was not called."""
+    with _lock:
+        recorder = recording.active
+        _unpatch()
+        recording.activate(None)
+    if recorder is not None:
+        recorder.stop()
+
+
+def seams() -> list[tuple[str, bool]]:
+    """The places of the installed SDK that are wrapped, and whether each is there."""
+    import openai._base_client as base
+
+    return [(f"{name}.request", callable(getattr(getattr(base, name, None), "request", None))) for name in SEAMS]
+
+
+def _say_differences(first: Settings, other: Settings, arguments: Mapping[str, Any]) -> None:
+    # Only what was given: instrument() again without arguments asks for nothing.
+    lines = [line for line in differences(first, other) if arguments.get(line.split(":")[0]) is not None]
+    if lines:
+        log.warning("instrument() was called again with other settings, which change nothing: %s", "; ".join(lines))
+
+
+def _patch() -> None:
+    import openai._base_client as base
+    import wrapt
+
+    owner: Any
+
+    for name, wrapper in zip(SEAMS, (_sync_request, _async_request), strict=True):
+        owner = getattr(base, name, None)
+        original = vars(owner).get("request") if owner is not None else None
+        if original is None:
+            log.error("this openai has no %s.request: calls through it go on, but are not recorded", name)
+            continue
+        _patched[owner] = original
+        owner.request = wrapt.FunctionWrapper(original, wrapper)
+
+
+def _unpatch() -> None:
+    while _patched:
+        owner, original = _patched.popitem()
+        owner.request = original
+
+
+def _sync_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call, args, kwargs, fallback = _begin(client, args, kwargs)
+    if call is None:
+        return wrapped(*args, **kwargs)
+    try:
+        reply = wrapped(*args, **kwargs)
+    except BaseException as exc:
+        if fallback is None or not _refuses_stream_options(call, exc):
+            call.failed(exc)
+            raise
+    else:
+        call.replied(reply)
+        return reply
+    try:
+        reply = wrapped(*fallback[0], **fallback[1])
+    except BaseException as exc:
+        call.failed(exc)
+        raise
+    call.replied(reply)
+    return reply
+
+
+async def _async_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call, args, kwargs, fallback = _begin(client, args, kwargs)
+    if call is None:
+        return await wrapped(*args, **kwargs)
+    try:
+        reply = await wrapped(*args, **kwargs)
+    except BaseException as exc:
+        if fallback is None or not _refuses_stream_options(call, exc):
+            call.failed(exc)
+            raise
+    else:
+        call.replied(reply)
+        return reply
+    try:
+        reply = await wrapped(*fallback[0], **fallback[1])
+    except BaseException as exc:
+        call.failed(exc)
+        raise
+    call.replied(reply)
+    return reply
+
+
+_Begun = tuple["Call | None", tuple[Any, ...], dict[str, Any], "tuple[tuple[Any, ...], dict[str, Any]] | None"]
+
+
+def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun:
+    """The call that starts here, None if it is no message; the arguments to send, and those to fall back on."""
+    recorder = recording.active
+    if recorder is None:
+        return None, args, kwargs, None
+    try:
+        options = args[1] if len(args) > 1 else kwargs["options"]
+        endpoint = endpoint_of(options.method, options.url)
+        if endpoint is None:
+            return None, args, kwargs, None
+        scope = current_scope() or NO_SCOPE
+        key = scope.key or recorder.key_outside()
+        body = options.json_data
+        if type(body) is not dict:
+            body = NO_BODY
+        call = Call(recorder, endpoint, scope, key, _host_of(client, options.url), body.get("model"))
+        if call.query is None and recorder.settings.capture_query:
+            call.query = _query_of(body)
+        if endpoint.wants_stream_options and body.get("stream") is True:
+            return _ask_for_usage(call, recorder.settings, options, body, args, kwargs)
+        return call, args, kwargs, None
+    except MissingKeyError:
+        raise
+    except Exception:
+        recorder.bug("starting a call")
+        return None, args, kwargs, None
+
+
+def _ask_for_usage(
+    call: Call, settings: Settings, options: Any, body: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Begun:
+    """Have a stream report its usage, where that is safe and the caller has not chosen: in a copy of the request."""
+    extra = options.extra_json if isinstance(getattr(options, "extra_json", None), Mapping) else {}
+    chosen = extra.get("stream_options", body.get("stream_options"))
+    if isinstance(chosen, Mapping) and "include_usage" in chosen:
+        call.asked = chosen["include_usage"] is True
+        return call, args, kwargs, None
+    if (
+        "stream_options" in extra
+        or extra.get("stream", True) is not True
+        or not (chosen is None or isinstance(chosen, dict))
+        or "data_sources" in body
+        or "data_sources" in extra
+        or _is_raw(options)
+        or not _may_ask(call.host, settings)
+    ):
+        return call, args, kwargs, None
+    asking = options.model_copy() if hasattr(options, "model_copy") else options.copy()
+    asking.json_data = {**body, "stream_options": {**(chosen or {}), "include_usage": True}}
+    call.asked = call.hides = True
+    if len(args) > 1:
+        return call, (args[0], asking, *args[2:]), kwargs, (args, kwargs)
+    return call, args, {**kwargs, "options": asking}, (args, kwargs)
+
+
+def _is_raw(options: Any) -> bool:
+    headers = options.headers
+    return isinstance(headers, Mapping) and any(str(name).lower() == RAW_HEADER for name in headers)
+
+
+def _may_ask(host: str | None, settings: Settings) -> bool:
+    if host is None or host in _refusing:
+        return False
+    hosts = settings.include_usage_hosts
+    return host == OPENAI_HOST or host in hosts or host.rsplit(":", 1)[0] in hosts
+
+
+def _refuses_stream_options(call: Call, exc: BaseException) -> bool:
+    """Whether a server rejected the call for what we added. It is not asked again, and the call is sent as it was."""
+    if getattr(exc, "status_code", None) not in (400, 422) or "stream_options" not in str(exc):
+        return False
+    call.asked = call.hides = False
+    if call.host is not None:
+        _refusing.add(call.host)
+        log.warning("%s rejects stream_options: the tokens of its streams are not reported", call.host)
+    return True
+
+
+def _host_of(client: Any, url: str) -> str | None:
+    """Host, and port where one is given, that a request goes to."""
+    if "://" in url:
+        return urlsplit(url).netloc.rpartition("@")[2].lower()
+    base = client._base_url
+    known = _hosts.get(id(base))
+    if known is not None and known[0] is base:
+        return known[1]
+    host = urlsplit(str(base)).netloc.rpartition("@")[2].lower()
+    if len(_hosts) > 256:
+        _hosts.clear()
+    _hosts[id(base)] = (base, host)
+    return host
+
+
+def _query_of(body: Mapping[str, Any]) -> str | None:
+    """What the user asked last, as text. Nothing that could only be read once is read."""
+    for name in ("messages", "input", "prompt"):
+        asked = body.get(name)
+        if isinstance(asked, str):
+            return asked
+        if isinstance(asked, list):
+            for item in reversed(asked):
+                if isinstance(item, str):
+                    return item
+                if isinstance(item, Mapping) and item.get("role") == "user":
+                    return _text_of(item.get("content"))
+    return None
+
+
+def _text_of(content: object) -> str | None:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        return "\n".join(text for text in texts if isinstance(text, str)) or None
+    return None

@@ -1,0 +1,244 @@
+"""The pump: one background thread that moves messages from the journal to the destination.
+
+Invariant: a segment is deleted only after the destination has acknowledged, durably, every message in it. Delivery is
+repeated until then, and the destination keeps each id once. This module knows nothing of the SDK.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from spryng_instrument.errors import StoreError
+from spryng_instrument.journal import Journal, Segment
+from spryng_instrument.message import Message, decode
+from spryng_instrument.store.base import Destination
+
+log = logging.getLogger("spryng_instrument")
+
+BATCH = 500
+"""Messages a transaction."""
+SEGMENT_LINES = 50_000
+"""While the destination is down, the open segment grows to this before a new one is begun."""
+ORPHANS_EVERY_S = 10.0
+LONGEST_WAIT_S = 30.0
+
+
+class Pump:
+    """Delivers one journal to one destination.
+
+    Args:
+        beat_s: how long messages are collected before they are delivered together.
+    """
+
+    def __init__(self, journal: Journal, destination: Destination, *, beat_s: float) -> None:
+        self.journal = journal
+        self.destination = destination
+        self.delivered = 0
+        """Messages of this process that the destination has."""
+        self.set_aside = 0
+        """Lines that could not be delivered and lie in the folder of those set aside."""
+        self.failure: Exception | None = None
+        """Why the last delivery failed; None if it did not."""
+        self.started = False
+        self._beat_s = beat_s
+        self._draining = threading.Lock()
+        self._stop = threading.Event()
+        self._signal = threading.Lock()  # a binary semaphore whose release, unlike an Event's set, never waits
+        self._signal.acquire()
+        self._thread: threading.Thread | None = None
+        self._orphans_at = 0.0
+
+    def start(self) -> None:
+        """Start the thread, if it does not run. Where none can be started any more, the exit delivers."""
+        self.started = True
+        thread = threading.Thread(target=self._run, name="spryng-pump", daemon=True)
+        with suppress(RuntimeError):
+            thread.start()
+            self._thread = thread
+
+    def wake(self) -> None:
+        """Something is there to deliver. Waits for nothing: a finaliser may call it."""
+        with suppress(RuntimeError):
+            self._signal.release()
+
+    def flush(self, timeout_s: float, *, orphans: bool = False) -> bool:
+        """Deliver now, in this thread. Returns whether all that this process recorded is at the destination."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            if self._draining.acquire(timeout=max(left, 0)):
+                try:
+                    self._drain(deadline)
+                    if orphans and self.failure is None:
+                        self._drain_orphans(deadline)
+                finally:
+                    self._draining.release()
+            if not self.journal.waiting:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(min(0.02, max(deadline - time.monotonic(), 0)))
+
+    def stop(self, timeout_s: float) -> bool:
+        """Deliver what can be within the time, and end the thread. What is left stays in the journal."""
+        done = self.flush(timeout_s)
+        self._stop.set()
+        self.wake()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return done
+
+    def _run(self) -> None:
+        wait_s = 0.0
+        while not self._stop.is_set():
+            if not wait_s:
+                self._signal.acquire(timeout=ORPHANS_EVERY_S)
+            if self._stop.wait(wait_s or self._beat_s):
+                return
+            with self._draining:
+                try:
+                    self._drain(None)
+                    if self.failure is None and time.monotonic() - self._orphans_at >= ORPHANS_EVERY_S:
+                        self._drain_orphans(None)
+                        self._orphans_at = time.monotonic()
+                except Exception:
+                    log.exception("delivering failed on a bug; messages wait in the journal and are tried again")
+                    wait_s = LONGEST_WAIT_S
+                    continue
+            wait_s = min(wait_s * 2 or self._beat_s, LONGEST_WAIT_S) if self.failure else 0.0
+
+    def _drain(self, deadline: float | None) -> None:
+        """Deliver everything of this process. What goes wrong is in `failure`, and said once."""
+        if self.failure is None or not self.journal.sealed or self.journal.lines >= SEGMENT_LINES:
+            self.journal.seal()
+        try:
+            for path, lines in list(self.journal.sealed):
+                segment = self.journal.claim(path)
+                if segment is not None:
+                    self._deliver(segment, deadline)
+                elif path.exists():
+                    continue  # another process is delivering it
+                self.journal.sealed.remove((path, lines))
+                self.delivered += lines
+            if self.failure is not None:
+                self.journal.seal()  # it works again: what was held back follows at the next beat
+                self.wake()
+            self._deliver_memory(deadline)
+        except (StoreError, OSError) as exc:
+            if self.failure is None:
+                log.error("messages wait in the journal at %s: %s", self.journal.folder, exc)
+            self.failure = exc
+        else:
+            if self.failure is not None:
+                log.warning("the destination takes messages again")
+            self.failure = None
+
+    def _drain_orphans(self, deadline: float | None) -> None:
+        for path in self.journal.orphans():
+            try:
+                segment = self.journal.claim(path)
+                if segment is not None:
+                    self._deliver(segment, deadline)
+            except (StoreError, OSError) as exc:
+                log.error("%s, left by another process, was not delivered: %s", path, exc)
+                return
+            if deadline is not None and time.monotonic() > deadline:
+                return
+
+    def _deliver(self, segment: Segment, deadline: float | None) -> None:
+        try:
+            corrupt, conflicts, refused = self._record(segment.lines(), deadline)
+            for reason, lines in (("corrupt", corrupt), ("conflict", conflicts), ("refused", refused)):
+                if lines:
+                    aside = segment.set_aside(lines, reason)
+                    self.set_aside += len(lines)
+                    log.error("%d %s line(s) of the journal were set aside in %s; %s", len(lines), reason, aside,
+                              _WHAT_TO_DO[reason])  # fmt: skip
+            segment.delete()
+        finally:
+            segment.release()
+
+    def _deliver_memory(self, deadline: float | None) -> None:
+        lines = self.journal.take_memory()
+        if not lines:
+            return
+        try:
+            corrupt, conflicts, refused = self._record(lines, deadline)
+        except BaseException:
+            self.journal.keep(lines)
+            raise
+        self.delivered += len(lines) - len(corrupt) - len(conflicts) - len(refused)
+        self.set_aside += len(corrupt) + len(conflicts) + len(refused)
+
+    def _record(self, lines: Iterable[bytes], deadline: float | None) -> tuple[list[bytes], list[bytes], list[bytes]]:
+        """Record every line. Returns those that are corrupt, in conflict, or that the destination cannot take."""
+        corrupt: list[bytes] = []
+        conflicts: list[bytes] = []
+        refused: list[bytes] = []
+        source = iter(lines)
+        while block := list(islice(source, BATCH)):
+            batch: dict[int, Message] = {}
+            for number, line in enumerate(block):
+                try:
+                    if line.strip():
+                        batch[number] = decode(line)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    corrupt.append(line)
+            try:
+                receipt = self.destination.record(list(batch.values()), timeout_s=self._left(deadline))
+                conflicts += [msgspec.json.encode(message) for message in receipt.conflicts]
+            except StoreError:
+                raise
+            except Exception:
+                # One message that the store cannot take must not hold up the others for ever.
+                for number, message in batch.items():
+                    try:
+                        self.destination.record([message], timeout_s=self._left(deadline))
+                    except StoreError:
+                        raise
+                    except Exception:
+                        log.exception("the destination refuses message %s", message.id)
+                        refused.append(block[number])
+        return corrupt, conflicts, refused
+
+    def _left(self, deadline: float | None) -> float:
+        return 5.0 if deadline is None else max(deadline - time.monotonic(), 0.01)
+
+
+_WHAT_TO_DO = {
+    "corrupt": "the disk or another program damaged them; what can be read of them is there",
+    "conflict": "the ledger has another message with the same id and keeps that one",
+    "refused": "the log above says why; please report it",
+}
+
+
+def deliver_orphans(folder: Path, destination: Destination, *, timeout_s: float = 5.0) -> int:
+    """Deliver what dead processes left in *folder*; for the command line. Returns how many messages were delivered.
+
+    Raises:
+        StoreError: the destination does not take them now.
+    """
+    if not folder.is_dir():
+        return 0
+    journal = Journal(folder, memory_limit=0, wake=lambda: None)
+    pump = Pump(journal, destination, beat_s=0)
+    deadline = time.monotonic() + timeout_s
+    count = 0
+    try:
+        for path in journal.orphans():
+            segment = journal.claim(path)
+            if segment is not None:
+                lines = sum(1 for _ in segment.lines())
+                pump._deliver(segment, deadline)
+                count += lines
+    finally:
+        journal.close()
+    return count - pump.set_aside

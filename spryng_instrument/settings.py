@@ -1,0 +1,198 @@
+"""Every setting in one table: its argument, its environment variable, its type, its default, its meaning.
+
+An argument given to instrument() wins over the environment variable, which wins over the default. What cannot be
+used is said here, at start-up, with the value and what to do. This module knows nothing of the SDK or of any store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from spryng_instrument.errors import SettingsError
+
+DEFAULT_DESTINATION = "sqlite:///.spryng/usage.db"
+MISSING_KEY_POLICIES = ("warn", "ignore", "raise")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What instrument() was told, checked and complete."""
+
+    destination: str = DEFAULT_DESTINATION
+    """URL of the ledger: sqlite:///relative/path.db or sqlite:////absolute/path.db."""
+
+    journal: str = ""
+    """Folder of the journal, where messages wait until they are delivered. Default: `journal` beside the ledger."""
+
+    default_key: str | None = None
+    """Customer of the calls made outside any usage_context. None: they are recorded without a key."""
+
+    on_missing_key: str = "warn"
+    """What a call without a key does: "warn" once per line of code, "ignore", or "raise" before it is sent."""
+
+    capture_query: bool = False
+    """Record the last user message of each call as its query. Off: no content is ever recorded."""
+
+    include_usage_hosts: tuple[str, ...] = ()
+    """Hosts besides api.openai.com whose streams are asked for their usage: "gateway.example.com", "127.0.0.1:8000"."""
+
+    beat_s: float = 0.2
+    """Seconds between a message and its delivery, at most; many messages share one transaction."""
+
+    exit_timeout_s: float = 2.0
+    """Seconds that the exit of the interpreter may wait for delivery. What is left stays in the journal."""
+
+    memory_limit: int = 10_000
+    """Messages held in memory while the journal's disk takes none; beyond it they are dropped and counted."""
+
+
+class Setting(NamedTuple):
+    """How one field of Settings is read from an argument and from the environment."""
+
+    check: Callable[[str, Any], Any]
+    from_text: Callable[[str, str], Any]
+
+
+def env_name(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"SPRYNG_{name.upper()}"
+
+
+def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from *arguments* (None: not given), then SPRYNG_ variables, then defaults.
+
+    Raises:
+        SettingsError: an unknown name, or a value that cannot be used; the message names where it came from.
+    """
+    environ = os.environ if environ is None else environ
+    if unknown := sorted(set(arguments) - set(TABLE)):
+        raise SettingsError(f"instrument() has no setting {unknown[0]!r}. It has: {', '.join(TABLE)}.")
+    values: dict[str, Any] = {}
+    for name, setting in TABLE.items():
+        variable = env_name(name)
+        if arguments.get(name) is not None:
+            values[name] = setting.check(f"{name}={arguments[name]!r}", arguments[name])
+        elif environ.get(variable):
+            where = f"{variable}={environ[variable]!r}"
+            values[name] = setting.check(where, setting.from_text(where, environ[variable]))
+    destination = values.get("destination") or _destination(DEFAULT_DESTINATION, DEFAULT_DESTINATION)
+    values["destination"] = destination
+    values.setdefault("journal", str(sqlite_path(destination).parent / "journal"))
+    return Settings(**values)
+
+
+def differences(first: Settings, other: Settings) -> list[str]:
+    """How *other* differs from *first*, a line each: "journal: '/a' (kept), not '/b'"."""
+    return [
+        f"{field.name}: {getattr(first, field.name)!r} (kept), not {getattr(other, field.name)!r}"
+        for field in fields(Settings)
+        if getattr(first, field.name) != getattr(other, field.name)
+    ]
+
+
+def sqlite_path(url: str) -> Path:
+    """The file of a sqlite:/// URL, absolute."""
+    return Path(os.path.abspath(unquote(urlsplit(url).path[1:])))
+
+
+def _destination(where: str, value: Any) -> str:
+    url = _text(where, value)
+    parts = urlsplit(url)
+    if parts.scheme != "sqlite":
+        raise SettingsError(
+            f"{where}: unknown destination scheme {parts.scheme or url!r}. "
+            "This version delivers to sqlite:///relative/path.db or sqlite:////absolute/path.db."
+        )
+    if parts.netloc:
+        raise SettingsError(f"{where}: a SQLite URL has three slashes or four: sqlite:///{parts.netloc}{parts.path}")
+    if parts.query or parts.fragment:
+        raise SettingsError(f"{where}: a SQLite URL takes no parameters; remove {url[len(url.split('?')[0]) :]!r}")
+    if parts.path in ("", "/") or ":memory:" in parts.path or parts.path.endswith("/"):
+        raise SettingsError(f"{where}: name a file, as in {DEFAULT_DESTINATION}; a ledger in memory would be lost")
+    # An application may change its folder later: the ledger stays where it was when instrument() ran.
+    return f"sqlite:///{sqlite_path(url)}"
+
+
+def _folder(where: str, value: Any) -> str:
+    return os.path.abspath(os.fspath(value) if isinstance(value, os.PathLike) else _text(where, value))
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise SettingsError(f"{where}: must be a string that is not empty, not {type(value).__name__}")
+    return value
+
+
+def _policy(where: str, value: Any) -> str:
+    if value not in MISSING_KEY_POLICIES:
+        raise SettingsError(f"{where}: must be one of {', '.join(map(repr, MISSING_KEY_POLICIES))}")
+    return str(value)
+
+
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise SettingsError(f"{where}: must be True or False")
+    return value
+
+
+def _hosts(where: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise SettingsError(f"{where}: must be a sequence of host names, as in ('gateway.example.com',)")
+    hosts = tuple(value)
+    for host in hosts:
+        if not isinstance(host, str) or not host or "/" in host:
+            raise SettingsError(f"{where}: {host!r} is no host name; leave out the scheme and the path")
+    return tuple(sorted({host.lower() for host in hosts}))
+
+
+def _seconds(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 3600:
+        raise SettingsError(f"{where}: must be seconds between 0 and 3600")
+    return float(value)
+
+
+def _count(where: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SettingsError(f"{where}: must be a whole number, 0 or more")
+    return value
+
+
+def _same(where: str, text: str) -> str:
+    return text
+
+
+def _flag_text(where: str, text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise SettingsError(f"{where}: must be 1 or 0")
+
+
+def _list_text(where: str, text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _number_text(where: str, text: str) -> float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise SettingsError(f"{where}: must be a number") from None
+
+
+TABLE: dict[str, Setting] = {
+    "destination": Setting(_destination, _same),
+    "journal": Setting(_folder, _same),
+    "default_key": Setting(_text, _same),
+    "on_missing_key": Setting(_policy, _same),
+    "capture_query": Setting(_flag, _flag_text),
+    "include_usage_hosts": Setting(_hosts, _list_text),
+    "beat_s": Setting(_seconds, _number_text),
+    "exit_timeout_s": Setting(_seconds, _number_text),
+    "memory_limit": Setting(_count, _number_text),
+}

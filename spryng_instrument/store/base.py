@@ -1,0 +1,189 @@
+"""What a store is: it takes messages exactly once, and answers questions about them.
+
+The pump needs a Destination; reports need a Store. Both speak of Message and nothing of the SDK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone, tzinfo
+from decimal import Decimal
+from typing import Protocol
+from zoneinfo import ZoneInfo
+
+from spryng_instrument.errors import QueryError
+from spryng_instrument.message import Message
+
+GROUPS = ("key", "tag", "conversation", "model", "day", "month")
+"""What usage can be grouped by."""
+COST_UNIT = Decimal("1e-12")
+"""Costs are kept as whole trillionths of a US dollar, in which the price of a token is a whole number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a batch."""
+
+    recorded: int = 0
+    """New in the ledger."""
+    duplicates: int = 0
+    """Already there, the same: delivered before by a try that was cut off."""
+    conflicts: tuple[Message, ...] = ()
+    """The same id with another body. The ledger keeps the first; these are set aside and reported."""
+
+
+class Destination(Protocol):
+    """Where the pump delivers to."""
+
+    def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
+        """Keep *messages* durably, each id once, all or none.
+
+        Raises:
+            StoreError: not now; deliver them again later.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which messages a question is about. Empty: all."""
+
+    key: str | None = None
+    no_key: bool = False
+    """Only the messages without a key."""
+    tags: tuple[str, ...] = ()
+    """Messages that have every one of these."""
+    model: str | None = None
+    """The answered model, or the one asked for where none answered."""
+    conversation_id: str | None = None
+    since: datetime | None = None
+    """Aware; inclusive."""
+    until: datetime | None = None
+    """Aware; exclusive."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """The usage of one group. Tokens are sums over the messages that reported them."""
+
+    group: str | None
+    """The key, tag, conversation, model, "2026-11-22" or "2026-11". None: has none."""
+    key: str | None = None
+    """For groups by conversation: whose it is."""
+    messages: int = 0
+    """To bill: answered, or streams that were begun."""
+    conversations: int = 0
+    """Distinct (key, conversation id)s among the messages to bill."""
+    errors: int = 0
+    cancelled: int = 0
+    unreported: int = 0
+    """Messages to bill whose usage was not reported."""
+    unpriced: int = 0
+    """Messages with usage that have no cost, because their model has no known price."""
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost_usd: Decimal | None = None
+    """Sum over the messages that have a cost; None if none has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message with what was found out about it since."""
+
+    message: Message
+    cost_usd: Decimal | None = None
+    """None: not priced, or no price known."""
+    price_version: str | None = None
+    """What set the cost, "genai-prices 0.2.3"; frozen with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What doctor wants to know of a ledger."""
+
+    messages: int = 0
+    writers: int = 0
+    gaps: tuple[tuple[str, int, int], ...] = ()
+    """(writer, numbers given, messages here) of each process whose numbers are not all here."""
+    unattributed: tuple[tuple[str, int], ...] = ()
+    """(call site, messages) without a key, the most first."""
+    unpriced: tuple[tuple[str, int], ...] = ()
+    """(model, messages with usage but no cost), the most first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A price found for a message. cost_usd None: none is known to this version of the prices."""
+
+    message_id: str
+    cost_usd: Decimal | None
+    price_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Messages, newest first, and where the next page starts."""
+
+    rows: list[StoredMessage] = field(default_factory=list)
+    next: str | None = None
+
+
+class Store(Destination, Protocol):
+    """A ledger that can be asked."""
+
+    def usage(self, by: str, where: Filter = ..., *, zone: str = "UTC") -> list[UsageRow]:
+        """Usage by one of GROUPS, in the order of the group's name. Days and months are those of the IANA *zone*."""
+        ...
+
+    def total(self, where: Filter = ...) -> UsageRow:
+        """The same over all messages; conversations and messages counted once, whatever they are grouped by."""
+        ...
+
+    def usage_and_total(self, by: str, where: Filter = ..., *, zone: str = "UTC") -> tuple[list[UsageRow], UsageRow]:
+        """Both of one moment, whatever is recorded meanwhile."""
+        ...
+
+    def messages(self, where: Filter = ..., *, after: str | None = None, limit: int = 50) -> Page:
+        """Messages, newest first. *after* is a page's `next`."""
+        ...
+
+    def arrivals(self, after: str | None = None, where: Filter = ..., *, limit: int = 1_000) -> Page:
+        """Messages in the order in which they were recorded: each exactly once, however late it came.
+
+        Args:
+            after: a page's `next`, which here is never None. None: the last *limit* messages.
+        """
+        ...
+
+    def unpriced(self, price_version: str, limit: int = 1_000) -> list[Message]:
+        """Messages with usage and no cost that *price_version* has not looked at."""
+        ...
+
+    def set_costs(self, costs: Sequence[Cost]) -> None:
+        """Freeze costs. A cost that is there already is never changed."""
+        ...
+
+    def health(self) -> Health:
+        """Gaps, messages without a key, models without a price."""
+        ...
+
+    def missing(self, writer: str, last_sequence: int) -> list[int]:
+        """The numbers up to *last_sequence* of a writer that are not in the ledger."""
+        ...
+
+
+def zone_of(name: str) -> tzinfo:
+    """The IANA zone of that name. UTC is there on machines without a zone database, too.
+
+    Raises:
+        QueryError: there is none.
+    """
+    if name.upper() == "UTC":
+        return timezone.utc
+    try:
+        return ZoneInfo(name)
+    except Exception:
+        raise QueryError(f"zone {name!r} is unknown; give an IANA name, as in Europe/Berlin or UTC") from None
