@@ -185,9 +185,10 @@ class tracked:
                 return fixed
             return usage_context(**self._fixed, **{name: compute(args, kwargs) for name, compute in computed.items()})
 
-        inner = func
+        inner: Any = func
         while isinstance(inner, partial):
             inner = inner.func
+        wrapper: Callable[..., Any]
         if inspect.isasyncgenfunction(inner):
             wrapper = _async_generator(func, context)
         elif inspect.iscoroutinefunction(inner):
@@ -196,8 +197,7 @@ class tracked:
             wrapper = _generator(func, context)
         else:
             wrapper = _function(func, context)
-        attributed: Any = wraps(func)(wrapper)
-        return attributed
+        return wraps(func)(wrapper)  # type: ignore[return-value]
 
 
 def _function(func: Callable[..., Any], context: Callable[..., usage_context]) -> Callable[..., Any]:
@@ -266,7 +266,8 @@ def _steps(scope: usage_context, steps: Generator[Any, Any, Any]) -> Generator[A
 
 
 def _async_steps(scope: usage_context, steps: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-    return _async_generator(lambda: steps, lambda args, kwargs: scope)()
+    driven: AsyncGenerator[Any, Any] = _async_generator(lambda: steps, lambda args, kwargs: scope)()
+    return driven
 
 
 _CARRIERS: Mapping[type, Callable[[usage_context, Any], Any]] = {

@@ -119,7 +119,7 @@ def instrumented() -> Any:
     """The wrapped `request`s of instrument(), as a variant beside the others."""
     with tempfile.TemporaryDirectory() as folder:
         spryng_instrument.instrument(
-            destination=f"sqlite:///{folder}/usage.db", beat_s=float(__import__("os").environ.get("BEAT", "0.2"))
+            destination=f"sqlite:///{folder}/usage.db", 
         )
         try:
             with spryng_instrument.usage_context(key="acme", conversation_id="c-42", tags=["support"]):
@@ -262,7 +262,8 @@ with instrumented() as ours:
         if done in (10_000, 100_000):
             spryng_instrument.flush(60)
             gc.collect()
-            print(len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, spryng_instrument.stats().delivered)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(len(gc.get_objects()), peak, spryng_instrument.stats().delivered)
 """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split("\n")
     for calls, line in zip((10_000, 100_000), out, strict=False):
