@@ -1,0 +1,62 @@
+"""Every check of the project: `nox` runs all, `nox -s tests-3.12` one. uv makes the environments and fetches packages.
+
+Interpreters are those found on PATH; one that is missing is skipped by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "uv"
+nox.options.error_on_missing_interpreters = False
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+OPENAI = {"1.40.0": ["httpx<0.28"], "1.109.1": [], "2.54.0": []}
+"""Older SDKs of the matrix, with what each needs: openai before 1.55.3 fails with httpx 0.28."""
+
+GROUPS = nox.project.load_toml("pyproject.toml")
+
+
+def install(session: nox.Session, *packages: str, group: str = "test") -> None:
+    session.install("-e", ".[all]", *nox.project.dependency_groups(GROUPS, group), *packages)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, as linter and formatter."""
+    session.install(*nox.project.dependency_groups(GROUPS, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the package, and over its public API as users write it."""
+    install(session, group="types")
+    session.run("mypy")
+
+
+@nox.session
+def fresh(session: nox.Session) -> None:
+    """README's first command, as a newcomer types it, in an environment with nothing in it but pip."""
+    session.install("pip")
+    [command] = [line for line in Path("README.md").read_text().splitlines() if line.startswith("pip install -e")]
+    session.run("sh", "-c", f"cd {session.invoked_from} && {command}", external=True)
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The suite with the newest openai."""
+    install(session)
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("openai", list(OPENAI))
+def sdk(session: nox.Session, openai: str) -> None:
+    """The suite with an older openai."""
+    install(session, f"openai=={openai}", *OPENAI[openai])
+    session.run("python", "-m", "pytest", *session.posargs)

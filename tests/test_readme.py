@@ -1,0 +1,104 @@
+"""README is true: every command and every block of code in it runs here, as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from spryng_instrument.settings import TABLE, Settings, env_name
+from spryng_instrument.testing import PracticeServer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+SET_UP = ["pip install -e '.[all]' && spryng demo", "pip install 'nox[uv]' && nox"]
+SHOWS = {
+    "spryng usage --by key": r"^acme +3 +1 +0 ",
+    "spryng usage --by model --since 7d": r"^gpt-4o-mini-2024-07-18 +2 ",
+    "spryng usage --by day --tz Europe/Berlin --key acme --json": r'"messages": 3,',
+    "spryng usage --by tag --format csv": r"^classification,1,",
+    "spryng messages --limit 5": r"acme",
+    "spryng doctor": r"4 recorded = 4 delivered",
+    "spryng run -- python app.py": r"Stats\(recorded=3",
+}
+"""What each command prints, after README's own Python has run once."""
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line not in SET_UP]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PracticeServer]:
+    with PracticeServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, server: PracticeServer) -> Path:
+    """Where a reader types the commands: README's Python blocks are its application, and have run once."""
+    folder = tmp_path_factory.mktemp("readme")
+    code = "\n".join(text for kind, text in BLOCKS if kind == "python")
+    (folder / "app.py").write_text(code)
+    done = run(["python", "app.py"], folder, server)
+    assert done.returncode == 0, done.stderr
+    assert "recorded=3, delivered=3, waiting=0" in done.stdout
+    return folder
+
+
+def run(command: list[str], folder: Path, server: PracticeServer) -> subprocess.CompletedProcess[str]:
+    programs = {"spryng": [sys.executable, "-m", "spryng_instrument"], "python": [sys.executable]}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SPRYNG_")}
+    environ |= {"OPENAI_API_KEY": "practice", "OPENAI_BASE_URL": server.base_url, "PYTHONPATH": str(ROOT)}
+    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+    return subprocess.run(
+        programs[command[0]] + command[1:], cwd=folder, env=environ, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command: str, folder: Path, server: PracticeServer) -> None:
+    """Each command does what it says, on the ledger that README's own code has filled."""
+    done = run(command.split(), folder, server)
+    assert done.returncode == 0, done.stderr
+    assert re.search(SHOWS[command], done.stdout, re.M), done.stdout
+
+
+def test_the_demo_prints_what_readme_shows(tmp_path: Path, server: PracticeServer) -> None:
+    """README's table is the demo's: the same customers, messages and tokens."""
+    [shown] = [text for kind, text in BLOCKS if kind == "text"]
+    done = run(["spryng", "demo"], tmp_path, server)
+    assert done.returncode == 0, done.stderr
+    if hasattr(openai.OpenAI, "responses"):
+        counts = re.compile(r"^(\S+ .*?)(?: +\S+)?$", re.M)  # all but the cost: prices change
+    else:
+        counts = re.compile(r"^(\S+)", re.M)  # an SDK that has no responses makes other calls for the same customers
+    assert counts.findall(done.stdout) == counts.findall(shown)
+
+
+def test_the_set_up_commands() -> None:
+    """nox runs the first in an environment of its own (session `fresh`); .ci/run is the second."""
+    assert all(command in README for command in SET_UP)
+    assert SET_UP[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert "def fresh(" in (ROOT / "noxfile.py").read_text()
+
+
+def test_every_setting_is_in_the_table() -> None:
+    """README's table has each setting, its variable and its default."""
+    for name in TABLE:
+        [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+        default = Settings.__dataclass_fields__[name].default
+        assert f"`{env_name(name)}`" in row
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert f"| {default:g} |" in row
+        elif name == "destination":
+            assert f"`{default}`" in row
+
+
+def test_every_other_block_is_known() -> None:
+    """No block of a kind that nothing runs."""
+    assert {kind for kind, _ in BLOCKS} == {"sh", "python", "text"}
