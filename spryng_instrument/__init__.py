@@ -60,7 +60,7 @@ def instrument(
             MissingKeyError before it is sent.
         capture_query: record the last user message of each call as its query. Default: False, no content is recorded.
         include_usage_hosts: hosts besides api.openai.com whose streams are asked for their usage.
-        beat_s: seconds between a message and its delivery. Default: 0.2.
+        beat_s: seconds between a message and its delivery. Default: 0.5.
         exit_timeout_s: seconds that the interpreter's exit may wait for delivery. Default: 2; the rest stays in the
             journal for the next process.
         memory_limit: messages held in memory while the journal's disk takes none. Default: 10,000.

@@ -170,18 +170,20 @@ class Journal:
         with self._lock:
             if self._memory:
                 self._save_memory()
-            if not self.lines:
+            if self._is_empty():
                 return
-            fd, path = self._fd, self._path
-            lost = not _is_at(fd, path)
-            ours = os.fstat(fd).st_ino == self._inode if lost else True
+            fd, ours = self._fd, self._is_ours()
+            lost = ours and not _is_at(fd, self._path)
             self._leave()
             if lost:
                 self.sealed.pop()
             with suppress(OSError):  # or the next append opens it, and says why not
                 self._open()
         if not ours:
-            return  # somebody closed our file and opened another in its place: that one is not ours to touch
+            with _fds_lock:
+                # Somebody closed our file, and its number may be another file's by now: not ours to touch.
+                _open_fds.discard(fd)
+            return
         if lost:
             # Somebody deleted the folder or the file while we wrote to it: its lines are still ours to read.
             for line in Segment(self.folder, fd).lines():
@@ -234,7 +236,7 @@ class Journal:
         """Seal, and leave no open or empty file. A later append opens a new segment."""
         self.seal()
         with self._lock:
-            if self._fd >= 0 and not self.lines:
+            if self._fd >= 0 and self._is_empty():
                 with suppress(FileNotFoundError):
                     os.unlink(self._path)
                 _close(self._fd)
@@ -273,9 +275,18 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.lines += 1
 
+    def _is_empty(self) -> bool:
+        # By the file, not by our count: an exception may have come between a write and the counting of it.
+        return self._fd < 0 or not (os.fstat(self._fd).st_size if self._is_ours() else self.lines)
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.fstat(self._fd).st_ino == self._inode
+        except OSError:
+            return False
+
     def _leave(self) -> None:
-        if self.lines:
-            self.sealed.append((self._path, self.lines))
+        self.sealed.append((self._path, self.lines))
         self._fd, self.lines = -1, 0
 
     def _remember(self, line: bytes) -> bool:

@@ -152,6 +152,14 @@ class Call:
         else:
             self._finish("error", reading, error=reading.failure)
 
+    def whole_stream(self, content: bytes) -> None:
+        """The whole body of a stream is there."""
+        self._streamed = True
+        self._tally = Tally(self.endpoint)
+        for event in SseLines().feed(content):
+            self._tally.see(event)
+        self.ended()
+
     def _finish(
         self,
         status: Status,
@@ -250,7 +258,11 @@ def _http(call: Call, response: Any, retries: object = None) -> None:
         _tap(call, response)
         return
     call.take_headers(response, retries)
-    call.plain(read_body(content))
+    reading = read_body(content)
+    if reading is NOTHING and "event-stream" in response.headers.get("content-type", ""):
+        call.whole_stream(content)
+    else:
+        call.plain(reading)
 
 
 def _sync_stream(call: Call, stream: Any) -> None:

@@ -161,7 +161,8 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
         call = Call(recorder, endpoint, scope, key, _host_of(client, options.url), body.get("model"))
         if call.query is None and recorder.settings.capture_query:
             call.query = _query_of(body)
-        if endpoint.wants_stream_options and body.get("stream") is True:
+        # Where only the body says stream, the SDK hands out its text as it came: nothing in there could be hidden.
+        if endpoint.wants_stream_options and body.get("stream") is True and kwargs.get("stream"):
             return _ask_for_usage(call, recorder.settings, options, body, args, kwargs)
         return call, args, kwargs, None
     except MissingKeyError:

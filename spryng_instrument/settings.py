@@ -41,7 +41,7 @@ class Settings:
     include_usage_hosts: tuple[str, ...] = ()
     """Hosts besides api.openai.com whose streams are asked for their usage: "gateway.example.com", "127.0.0.1:8000"."""
 
-    beat_s: float = 0.2
+    beat_s: float = 0.5
     """Seconds between a message and its delivery, at most; many messages share one transaction."""
 
     exit_timeout_s: float = 2.0

@@ -107,7 +107,7 @@ def test_instrument_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     spryng_instrument.instrument(default_key="other", beat_s=3)
     [record] = caplog.records
     assert "default_key: 'acme' (kept), not 'other'" in record.message
-    assert "beat_s: 0.2 (kept), not 3.0" in record.message
+    assert "beat_s: 0.5 (kept), not 3.0" in record.message
     assert "destination" not in record.message
     assert spryng_instrument.track_usage(usage={"input_tokens": 1})
     spryng_instrument.uninstrument()

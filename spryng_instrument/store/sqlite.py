@@ -290,7 +290,7 @@ class SqliteStore:
         version = self._version(db)
         if version < len(_MIGRATIONS):
             if version == 0 and not self._create:
-                raise StoreNotOursError(f"{self.path} is an empty file, no ledger yet")
+                raise StoreError(f"{self.path} is an empty file, no ledger yet")
             db.execute("PRAGMA journal_mode = WAL")
             with _transaction(db):
                 for step in _MIGRATIONS[self._version(db) :]:  # asked again: another process may have just done it

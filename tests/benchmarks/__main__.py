@@ -29,8 +29,8 @@ from openai import _base_client as base
 
 import spryng_instrument
 
-ROUNDS = 30
-CALLS = 40
+ROUNDS = 60
+CALLS = 30
 CHUNKS = 400
 
 http = sys.modules.get("httpx2") or sys.modules["httpx"]
@@ -119,7 +119,7 @@ def instrumented() -> Any:
     """The wrapped `request`s of instrument(), as a variant beside the others."""
     with tempfile.TemporaryDirectory() as folder:
         spryng_instrument.instrument(
-            destination=f"sqlite:///{folder}/usage.db", 
+            destination=f"sqlite:///{folder}/usage.db",
         )
         try:
             with spryng_instrument.usage_context(key="acme", conversation_id="c-42", tags=["support"]):
@@ -131,18 +131,24 @@ def instrumented() -> Any:
 
 
 def rounds(measure: Any, variants: dict[str, Any], count: int, batch: int) -> dict[str, float]:
-    """Median microseconds of each variant: rounds of a few warm-up turns and *batch* measured ones, taking turns."""
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    """Microseconds of the first variant, and what each other adds to it: medians over rounds that hold all variants.
+
+    A round takes the median of *batch* measurements of each variant, after a few to warm up: what disturbs one variant
+    most likely disturbs its neighbours too, and falls out of the difference.
+    """
+    (bare, _), *others = variants.items()
+    took: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     gc.freeze()
     for _ in range(count):
         for name, requests in variants.items():
             use(requests)
-            for turn in range(batch + 4):
-                took = measure()
-                if turn >= 4:
-                    samples[name].append(took)
-    return {name: statistics.median(values) for name, values in samples.items()}
+            took[name].append(statistics.median([measure() for _ in range(batch + 5)][5:]))
+    added = {
+        name: statistics.median(mine - base for mine, base in zip(took[name], took[bare], strict=True))
+        for name, _ in others
+    }
+    return {bare: statistics.median(took[bare]), **added}
 
 
 def bench_call() -> None:
@@ -165,7 +171,7 @@ def bench_call() -> None:
         variants = {"bare": BARE, "floor": FLOOR, "ours": ours}
         for kind, measure in (("sync", sync_call), ("async", lambda: loop.run_until_complete(acall()))):
             took = rounds(measure, variants, ROUNDS, CALLS)
-            least, added = took["floor"] - took["bare"], took["ours"] - took["bare"]
+            least, added = took["floor"], took["ours"]
             print(f"{kind:5} call: bare {took['bare']:.1f} us, floor +{least:.2f} us, ours +{added:.2f} us, "
                   f"{added / least:.2f} x the floor (goal: 4)")  # fmt: skip
     loop.close()
@@ -212,9 +218,7 @@ def bench_chunk() -> None:
     with instrumented() as ours:
         for kind, measure, goal in (("sync", drain, 0.15), ("async", lambda: loop.run_until_complete(adrain()), 0.3)):
             took = rounds(measure, {"bare": BARE, "ours": ours}, ROUNDS, 4)
-            print(
-                f"{kind:5} chunk: bare {took['bare']:.3f} us, ours +{took['ours'] - took['bare']:.3f} us (goal: {goal})"
-            )
+            print(f"{kind:5} chunk: bare {took['bare']:.3f} us, ours +{took['ours']:.3f} us (goal: {goal})")
     loop.close()
 
 
