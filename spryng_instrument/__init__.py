@@ -54,7 +54,7 @@ def instrument(
 
     Args:
         destination: URL of the ledger. Default: sqlite:///.spryng/usage.db
-        journal: folder where messages wait for delivery. Default: `journal` beside the ledger.
+        journal: folder where messages wait for delivery. Default: beside the ledger, its name and ".journal".
         default_key: customer of the calls made outside any usage_context. Default: none, recorded as (no key).
         on_missing_key: what such a call does: "warn" once per line of code (default), "ignore", or "raise"
             MissingKeyError before it is sent.

@@ -27,7 +27,7 @@ class Settings:
     """URL of the ledger: sqlite:///relative/path.db or sqlite:////absolute/path.db."""
 
     journal: str = ""
-    """Folder of the journal, where messages wait until they are delivered. Default: `journal` beside the ledger."""
+    """Folder where messages wait until they are delivered. Default: beside the ledger, its name and ".journal"."""
 
     default_key: str | None = None
     """Customer of the calls made outside any usage_context. None: they are recorded without a key."""
@@ -82,7 +82,8 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str] | None = No
             values[name] = setting.check(where, setting.from_text(where, environ[variable]))
     destination = values.get("destination") or _destination(DEFAULT_DESTINATION, DEFAULT_DESTINATION)
     values["destination"] = destination
-    values.setdefault("journal", str(sqlite_path(destination).parent / "journal"))
+    # Named after its ledger: two ledgers in one folder must not share what waits for them.
+    values.setdefault("journal", f"{sqlite_path(destination)}.journal")
     return Settings(**values)
 
 

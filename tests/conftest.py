@@ -27,7 +27,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "usage.db"
         self.url = f"sqlite:///{self.path}"
-        self.journal = folder / "journal"
+        self.journal = folder / "usage.db.journal"
 
     @property
     def store(self) -> SqliteStore:

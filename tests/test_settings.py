@@ -80,7 +80,7 @@ def test_paths_stay_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     settings = resolve({}, {})
     assert settings.destination == f"sqlite:///{tmp_path}/.spryng/usage.db"
-    assert settings.journal == f"{tmp_path}/.spryng/journal"
+    assert settings.journal == f"{tmp_path}/.spryng/usage.db.journal"
     assert resolve({"destination": settings.destination}, {}).destination == settings.destination
 
 

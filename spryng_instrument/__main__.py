@@ -1,0 +1,5 @@
+"""`python -m spryng_instrument` is `spryng`."""
+
+from spryng_instrument.cli import main
+
+main()
