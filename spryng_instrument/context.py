@@ -381,10 +381,16 @@ def clean_properties(properties: object) -> dict[str, Scalar] | None:
     except (TypeError, ValueError):
         _say(f"properties={properties!r}: properties must map names to values; recorded without them")
         return None
-    return {
-        str(name): value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
-        for name, value in items
-    }
+    return {str(name): value if _is_scalar(value) else str(value) for name, value in items}
+
+
+def _is_scalar(value: object) -> bool:
+    """Whether JSON has this value as it is, and every reader of it too."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, float):
+        return abs(value) < float("inf")
+    return value is None or isinstance(value, str)
 
 
 _said: set[tuple[CodeType | None, int, str]] = set()

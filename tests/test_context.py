@@ -342,11 +342,12 @@ def test_long_keys_are_never_mixed(one: str, other: str) -> None:
 
 def test_bad_tags_and_properties(caplog: pytest.LogCaptureFixture) -> None:
     """One string is one tag; what is no sequence, or no mapping, is said and left out."""
-    with usage_context("acme", tags="support", properties={"n": 1, "o": object}):
+    odd = {"n": 1, "o": object, "big": 2**70, "nan": float("nan")}
+    with usage_context("acme", tags="support", properties=odd):  # type: ignore[arg-type]
         scope = current_scope()
         assert scope is not None
         assert scope.tags == ("support",)
-        assert scope.properties == {"n": 1, "o": str(object)}
+        assert scope.properties == {"n": 1, "o": str(object), "big": str(2**70), "nan": "nan"}
     assert not caplog.records
     with usage_context("acme", tags=7, properties=7):  # type: ignore[arg-type]
         scope = current_scope()

@@ -40,7 +40,12 @@ count = st.none() | st.integers(0, 2**63 - 1)
 usages = st.builds(Usage, **dict.fromkeys(Usage.__struct_fields__, count)).map(
     lambda usage: None if usage == Usage() else usage
 )
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | text
 milliseconds = st.none() | st.floats(0, 1e9, allow_nan=False).map(lambda value: round(value, 3))
+NAMES = (
+    "key", "conversation_id", "query", "request_model", "response_model", "response_id", "request_id",
+    "service_tier", "host", "error", "call_site", "writer",
+)  # fmt: skip
 anything = st.builds(
     Message,
     id=st.uuids().map(str),
@@ -56,8 +61,8 @@ anything = st.builds(
     retries=count,
     http_status=count,
     sequence=count,
-    **dict.fromkeys(("key", "conversation_id", "query", "request_model", "response_model", "response_id", "request_id", "service_tier", "host", "error", "call_site", "writer"), maybe_text),
-)  # fmt: skip
+    **dict.fromkeys(NAMES, maybe_text),
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
