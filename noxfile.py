@@ -17,6 +17,8 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 OPENAI = {"1.40.0": ["httpx<0.28"], "1.109.1": [], "2.54.0": []}
 """Older SDKs of the matrix, with what each needs: openai before 1.55.3 fails with httpx 0.28."""
 
+PARALLEL = ["-n", "2", "--dist", "loadfile"]
+
 GROUPS = nox.project.load_toml("pyproject.toml")
 
 
@@ -51,7 +53,7 @@ def fresh(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The suite with the newest openai."""
     install(session)
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))
 
 
 @nox.session(python="3.11")
@@ -59,4 +61,4 @@ def tests(session: nox.Session) -> None:
 def sdk(session: nox.Session, openai: str) -> None:
     """The suite with an older openai."""
     install(session, f"openai=={openai}", *OPENAI[openai])
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))

@@ -85,7 +85,8 @@ def terminal(columns: int, *args: str, **environ: str) -> str:
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = [sys.executable, "-m", "spryng_instrument", *args]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **environ}) as child:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**inherited, **environ}) as child:
         os.close(theirs)
         shown = b""
         while True:
@@ -341,20 +342,20 @@ def leave(folder: Path, *messages: Message) -> None:
 
 def test_orphans_are_delivered_first() -> None:
     """What a dead process left in the journal is in the figures, and even makes the ledger."""
-    leave(Path(".spryng/journal"), a(), a(1))
+    leave(Path(".spryng/usage.db.journal"), a(), a(1))
 
     result = spryng("usage", "--json")
 
     assert json.loads(result.stdout)["total"]["messages"] == 2
     assert result.stderr == ""
-    assert not list(Path(".spryng/journal").glob("*.jsonl"))
+    assert not list(Path(".spryng/usage.db.journal").glob("*.jsonl"))
 
 
 def test_what_cannot_be_delivered_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures that leave out messages that wait say so."""
     record(a())
     spryng("usage")  # so that nothing waits for its price
-    leave(Path(".spryng/journal"), a(1))
+    leave(Path(".spryng/usage.db.journal"), a(1))
     with sqlite3.connect(".spryng/usage.db", isolation_level=None) as db:
         db.execute("BEGIN IMMEDIATE")
         monkeypatch.setattr("spryng_instrument.pump.Pump._left", lambda *_: 0.01)
@@ -604,7 +605,7 @@ def test_doctor_before_the_first_message() -> None:
 def test_doctor_proves_losses() -> None:
     """A missing number is a loss, unless the journal holds it; a number that waits elsewhere is none."""
     record(a(writer="w", sequence=1), a(1, writer="w", sequence=5), a(1, writer="x", sequence=2))
-    journal = Journal(Path(".spryng/journal"), memory_limit=0, wake=lambda: None)
+    journal = Journal(Path(".spryng/usage.db.journal"), memory_limit=0, wake=lambda: None)
     journal.append(encode(a(2, writer="w", sequence=3)) + b"\n")
     try:
         code, found = examined()
@@ -618,8 +619,8 @@ def test_doctor_proves_losses() -> None:
 
 def test_doctor_delivers_and_finds_what_was_set_aside() -> None:
     """Orphans are delivered; a corrupt line among them is named, with its file."""
-    leave(Path(".spryng/journal"), a(writer="w", sequence=1))
-    segment = next(Path(".spryng/journal").glob("*.jsonl"))
+    leave(Path(".spryng/usage.db.journal"), a(writer="w", sequence=1))
+    segment = next(Path(".spryng/usage.db.journal").glob("*.jsonl"))
     segment.write_bytes(segment.read_bytes() + b'{"id": "torn\n')
 
     code, found = examined()
@@ -632,11 +633,11 @@ def test_doctor_delivers_and_finds_what_was_set_aside() -> None:
 def test_doctor_finds_a_stuck_backlog() -> None:
     """Messages that a running process does not deliver are a problem when they have waited too long."""
     record(a())
-    journal = Journal(Path(".spryng/journal"), memory_limit=0, wake=lambda: None)
+    journal = Journal(Path(".spryng/usage.db.journal"), memory_limit=0, wake=lambda: None)
     journal.append(encode(a(1)) + b"\n")
     try:
         assert examined()[0] == 0
-        os.utime(next(Path(".spryng/journal").glob("*.jsonl")), (0, 0))
+        os.utime(next(Path(".spryng/usage.db.journal").glob("*.jsonl")), (0, 0))
         code, found = examined()
     finally:
         journal.close()
