@@ -6,6 +6,7 @@ not there or makes no sense is read as None, "not reported"; nothing here raises
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -125,7 +126,17 @@ def read_body(content: bytes) -> Reading:
     try:
         return read_reply(_body.decode(content).fields())
     except msgspec.MsgspecError:
+        return read_reply(_lenient(content))
+    except RecursionError:
         return NOTHING
+
+
+def _lenient(content: bytes) -> object:
+    """What the SDK's own parser makes of JSON that is not quite: NaN, lone surrogates, counts of 30 digits."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
 def usage_of(reported: object) -> Usage | None:
@@ -233,7 +244,7 @@ _TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 class Tally:
     """What the chunks of one stream have said so far. Cumulative usage is replaced, never summed."""
 
-    __slots__ = ("_first", "_last", "_told", "complete", "field", "told_all")
+    __slots__ = ("_failure", "_first", "_last", "_told", "complete", "field", "told_all")
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.field = endpoint.stream_field
@@ -244,6 +255,7 @@ class Tally:
         self._first: object = None
         self._last: object = None
         self._told: object = None
+        self._failure: str | None = None
 
     @property
     def may_end(self) -> bool:
@@ -256,19 +268,23 @@ class Tally:
             self._first = chunk
         self._last = chunk
         fields = fields_of(chunk)
+        if self.field == "response" and "event" in fields:
+            fields = fields_of(fields.get("data"))  # SDKs older than this API wrap its events
         told = fields.get(self.field)
         if told is not None:
-            self._told = chunk
+            self._told = fields
         if self.field == "response":
             kind = fields.get("type")
             if told is not None and kind in _TERMINAL:
                 self.complete = self.told_all = True
+            elif kind == "error":
+                self._failure = str(fields.get("code") or "failed")
             return type(kind) is str and kind.endswith(".delta")
         choices = fields.get("choices")
         if type(choices) is not list:
             return False
         if told is not None and not choices:
-            self.complete = self.told_all = True
+            self.told_all = self.complete  # before the finish, it is one of several cumulative reports
         elif len(choices) == 1 and fields_of(choices[0]).get("finish_reason"):
             self.complete = True
         return any(_is_token(fields_of(choice)) for choice in choices)
@@ -277,7 +293,8 @@ class Tally:
         """What the stream said in all."""
         told = self._told
         if self.field == "response":
-            return read_reply(fields_of(told).get("response")) if told is not None else NOTHING
+            reading = read_reply(fields_of(told).get("response")) if told is not None else NOTHING
+            return reading if self._failure is None else reading._replace(failure=self._failure)
         readings = [read_reply(chunk) for chunk in (told, self._last, self._first) if chunk is not None]
         if not readings:
             return NOTHING
@@ -322,21 +339,34 @@ def forget_usage(chunk: Any) -> None:
 class SseLines:
     """The data of server-sent events out of bytes that are cut anywhere."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("_after_cr", "_data", "_rest", "done")
 
     def __init__(self) -> None:
         self._rest = b""
+        self._data: list[bytes] = []
+        self._after_cr = False
+        self.done = False
+        """Whether the stream has said that it is at its end; the SDK reads nothing after that."""
 
     def feed(self, content: bytes) -> list[dict[str, Any]]:
         """The JSON objects that *content* completes."""
+        if not content:
+            return []
+        if self._after_cr and content[0] == 10:
+            content = content[1:]
+        self._after_cr = content.endswith(b"\r")
         *lines, self._rest = (self._rest + content).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         found = []
         for line in lines:
             if line.startswith(b"data:"):
+                self._data.append(line[5:])
+            elif not line and self._data:
+                whole, self._data = b"\n".join(self._data), []
                 try:
-                    data = msgspec.json.decode(line[5:])
-                except msgspec.MsgspecError:
-                    continue  # [DONE], or odd: not ours to judge
-                if type(data) is dict:
+                    data = msgspec.json.decode(whole)
+                except (msgspec.MsgspecError, RecursionError):
+                    self.done = self.done or whole.lstrip().startswith(b"[DONE]")
+                    data = _lenient(whole)
+                if type(data) is dict and not self.done:
                     found.append(data)
         return found

@@ -28,6 +28,9 @@ ASIDE = "set-aside"
 
 _open_fds: set[int] = set()
 """Every locked segment of this process: a forked child must close its copies, or they would stay locked."""
+_HIGH_FD = 1000
+"""Segments get numbers from here on. If somebody closes all files, as daemons do, the numbers of those opened next are
+low, so that no line of ours is written into a file of theirs."""
 _fds_lock = threading.RLock()
 os.register_at_fork(
     before=_fds_lock.acquire, after_in_parent=_fds_lock.release, after_in_child=_fds_lock.release
@@ -51,19 +54,6 @@ class Segment:
             yield from whole
         if rest:
             yield rest
-
-    def set_aside(self, lines: list[bytes], reason: str) -> Path:
-        """Keep *lines* that cannot be delivered where a person finds them. Safe to repeat."""
-        folder = self.path.parent / ASIDE
-        folder.mkdir(exist_ok=True)
-        aside = folder / f"{self.path.stem}.{reason}{SUFFIX}"
-        temporary = aside.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            file.write(b"".join(line + b"\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, aside)
-        return aside
 
     def delete(self) -> None:
         """Remove it: all its lines are delivered or set aside."""
@@ -117,6 +107,7 @@ class Journal:
         self._path = self.folder
         self._inode = 0
         self._number = 0
+        self._failed_at = 0, 0
         self._woken = False
 
     def after_fork(self) -> None:
@@ -136,6 +127,7 @@ class Journal:
                 kept = True
             except OSError as exc:
                 self.failure = exc
+                self._failed_at = self._number, self.lines
                 kept = self._remember(line)
         if not self._woken:
             self._woken = True
@@ -170,6 +162,8 @@ class Journal:
         with self._lock:
             if self._memory:
                 self._save_memory()
+            elif self.failure is not None and self.lines and (self._number, self.lines) > self._failed_at:
+                self.failure = None  # the disk has taken lines since
             if self._is_empty():
                 return
             fd, ours = self._fd, self._is_ours()
@@ -220,17 +214,17 @@ class Journal:
                 if entry.name.endswith(SUFFIX) and not entry.name.startswith(self.writer) and entry.is_file():
                     yield Path(entry.path)
 
-    def take_memory(self) -> list[bytes]:
-        """The lines that only memory holds, to deliver them from there. `keep` gives back what was not delivered."""
+    def in_memory(self) -> list[bytes]:
+        """The lines that only memory holds, to deliver them from there. `forget` them only when that is done."""
         with self._lock:
-            lines = list(self._memory)
-            self._memory.clear()
-        return lines
+            return list(self._memory)
 
-    def keep(self, lines: list[bytes]) -> None:
-        """Give back lines that were taken."""
+    def forget(self, lines: list[bytes]) -> None:
+        """Lines that were in memory are delivered."""
         with self._lock:
-            self._memory.extendleft(reversed(lines))
+            for line in lines:
+                if self._memory and self._memory[0] is line:  # not saved to disk meanwhile
+                    self._memory.popleft()
 
     def close(self) -> None:
         """Seal, and leave no open or empty file. A later append opens a new segment."""
@@ -244,11 +238,11 @@ class Journal:
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._number += 1
-        name = f"{self.writer}-{self._number:06d}"
+        number = self._number = self._number + 1
+        name = f"{self.writer}-{number:06d}"
         hidden, path = self.folder / f"{name}.new", self.folder / f"{name}{SUFFIX}"
         with _fds_lock:
-            fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            fd = _to_high(os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600))
             _open_fds.add(fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -256,6 +250,10 @@ class Journal:
         except BaseException:
             _close(fd)
             raise
+        if self._fd >= 0:  # meanwhile a signal handler or a finaliser has appended, to a segment of its own
+            other = self._fd
+            self._leave()
+            _close(other)
         self._fd, self._path, self._inode, self.lines = fd, path, os.fstat(fd).st_ino, 0
 
     def _write(self, line: bytes) -> None:
@@ -266,6 +264,8 @@ class Journal:
         except OSError as exc:
             if exc.errno != errno.EBADF:
                 raise
+            with _fds_lock:
+                _open_fds.discard(self._fd)
             self._leave()  # somebody closed every file, as daemons do at their start
             self._open()
             written = os.write(self._fd, line)
@@ -313,6 +313,15 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
+def _to_high(fd: int) -> int:
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
+    except OSError:
+        return fd  # fewer files are allowed
+    os.close(fd)
+    return high
+
+
 def _is_at(fd: int, path: Path) -> bool:
     try:
         there, ours = os.stat(path), os.fstat(fd)
@@ -327,6 +336,20 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def set_aside(origin: Path, lines: list[bytes], reason: str) -> Path:
+    """Keep *lines*, of the segment *origin*, that cannot be delivered where a person finds them. Safe to repeat."""
+    folder = origin.parent / ASIDE
+    folder.mkdir(exist_ok=True)
+    aside = folder / f"{origin.stem}.{reason}{SUFFIX}"
+    temporary = aside.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, aside)
+    return aside
 
 
 def count_lines(folder: Path) -> int:

@@ -28,7 +28,7 @@ from spryng_instrument.endpoints import (
     read_body,
     read_reply,
 )
-from spryng_instrument.message import Message, Status, new_id
+from spryng_instrument.message import BILLABLE, Message, Status, new_id
 from spryng_instrument.recorder import Recorder
 
 _utc = timezone.utc
@@ -50,6 +50,7 @@ class Call:
     _request_id: str | None = None
     _retries: int | None = None
     _call_site: str | None = None
+    _answer: object = None
     _tally: Tally
 
     def __init__(
@@ -77,9 +78,20 @@ class Call:
         except Exception:
             self._recorder.bug("reading a reply")
 
+    def parsing(self, parser: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """*parser*, which makes the caller's own type of an answer, with a look at that answer before it."""
+
+        def parse(answer: Any) -> Any:
+            self._answer = answer
+            return parser(answer)
+
+        return parse
+
     def failed(self, exc: BaseException) -> None:
         """The call, or the reading of its stream, raised *exc*."""
         try:
+            if self._answer is not None:
+                return _plain(self, self._answer)  # cut off, or of another type than wanted: answered and paid for
             status: Status = "error" if isinstance(exc, Exception) else "cancelled"
             http_status = getattr(exc, "status_code", None)
             self._request_id = getattr(exc, "request_id", None) or self._request_id
@@ -107,6 +119,10 @@ class Call:
             self._recorder.bug("reading a chunk")
             return False
         return token
+
+    def whole(self) -> None:
+        """The stream has said that nothing follows, though its body may not be read to its end."""
+        self._tally.complete = self._tally.may_end
 
     def ended(self) -> None:
         """The stream was read to its end."""
@@ -174,7 +190,7 @@ class Call:
         self._done = True
         if self._open and self._recorder.open_calls.pop(self.id, None) is None:
             return  # another thread was faster
-        if reading.failure is not None and status == "ok":
+        if reading.failure is not None and status in BILLABLE:
             status, error = "error", reading.failure
         latency_ms = round((perf_counter() - self._started) * 1e3, 3)
         first_token_ms = None
@@ -259,7 +275,7 @@ def _http(call: Call, response: Any, retries: object = None) -> None:
         return
     call.take_headers(response, retries)
     reading = read_body(content)
-    if reading is NOTHING and "event-stream" in response.headers.get("content-type", ""):
+    if reading == NOTHING and "event-stream" in response.headers.get("content-type", ""):
         call.whole_stream(content)
     else:
         call.plain(reading)
@@ -268,15 +284,17 @@ def _http(call: Call, response: Any, retries: object = None) -> None:
 def _sync_stream(call: Call, stream: Any) -> None:
     chunks = stream._iterator
     call.open(stream.response)
-    stream._iterator = _watch(call, chunks)
-    _hook_close(call, stream.response, "close", lambda: chunks.gi_running)
+    stream._iterator = watch = _watch(call, chunks)
+    watching = ref(watch)
+    _hook_close(call, stream.response, "close", lambda: getattr(watching(), "gi_running", False))
 
 
 def _async_stream(call: Call, stream: Any) -> None:
     chunks = stream._iterator
     call.open(stream.response)
     stream._iterator = _AsyncWatch(call, chunks)
-    _hook_close(call, stream.response, "aclose", lambda: chunks.ag_running)
+    reading = ref(chunks)
+    _hook_close(call, stream.response, "aclose", lambda: getattr(reading(), "ag_running", False))
 
 
 def _watch(call: Call, chunks: Iterator[Any]) -> Any:
@@ -294,7 +312,7 @@ def _watch(call: Call, chunks: Iterator[Any]) -> Any:
                 try:
                     fields = chunk.__dict__
                     if events:
-                        plain = "response" not in fields
+                        plain = "item_id" in fields  # the deltas, of which most of these streams consist
                     elif fields["usage"] is None:
                         plain = fields["choices"][0].__dict__["finish_reason"] is None
                         if hides:  # asked by us, each chunk says `"usage": null`: the caller's to_json() must not
@@ -373,7 +391,7 @@ class _AsyncWatch:
         try:
             fields = chunk.__dict__
             if self._events:
-                plain = "response" not in fields
+                plain = "item_id" in fields  # the deltas, of which most of these streams consist
             elif fields["usage"] is None:
                 plain = fields["choices"][0].__dict__["finish_reason"] is None
                 if self._hides:
@@ -421,13 +439,16 @@ class _AsyncWatch:
 
 
 def _hook_close(call: Call, response: Any, name: str, is_reading: Callable[[], bool]) -> None:
-    """Report *call* when its response is closed, unless by its own end."""
+    """Report *call* when its response is closed, unless by its own end. The response keeps neither call nor stream."""
     close = getattr(response, name)
+    watched = ref(call)
 
     def leave() -> None:
         if not is_reading():
             response.__dict__.pop(name, None)
-            call.left()
+            open_call = watched()
+            if open_call is not None:
+                open_call.left()
 
     def closed() -> None:
         try:
@@ -457,6 +478,8 @@ def _tap(call: Call, response: Any) -> None:
             return
         for event in events.feed(content):
             call.see(event)
+        if events.done:
+            call.whole()
 
     def end() -> None:
         if events is None:

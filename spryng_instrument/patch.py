@@ -164,6 +164,10 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
         # Where only the body says stream, the SDK hands out its text as it came: nothing in there could be hidden.
         if endpoint.wants_stream_options and body.get("stream") is True and kwargs.get("stream"):
             return _ask_for_usage(call, recorder.settings, options, body, args, kwargs)
+        if callable(options.post_parser):
+            parsing = _copy_of(options)
+            parsing.post_parser = call.parsing(options.post_parser)
+            return call, *_with_options(parsing, args, kwargs), None
         return call, args, kwargs, None
     except MissingKeyError:
         raise
@@ -191,12 +195,22 @@ def _ask_for_usage(
         or not _may_ask(call.host, settings)
     ):
         return call, args, kwargs, None
-    asking = options.model_copy() if hasattr(options, "model_copy") else options.copy()
+    asking = _copy_of(options)
     asking.json_data = {**body, "stream_options": {**(chosen or {}), "include_usage": True}}
     call.asked = call.hides = True
+    return call, *_with_options(asking, args, kwargs), (args, kwargs)
+
+
+def _copy_of(options: Any) -> Any:
+    return options.model_copy() if hasattr(options, "model_copy") else options.copy()
+
+
+def _with_options(
+    options: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(args) > 1:
-        return call, (args[0], asking, *args[2:]), kwargs, (args, kwargs)
-    return call, args, {**kwargs, "options": asking}, (args, kwargs)
+        return (args[0], options, *args[2:]), kwargs
+    return args, {**kwargs, "options": options}
 
 
 def _is_raw(options: Any) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from spryng_instrument.errors import StoreError
-from spryng_instrument.journal import Journal, Segment
+from spryng_instrument.journal import SUFFIX, Journal, Segment, set_aside
 from spryng_instrument.message import Message, decode
 from spryng_instrument.store.base import Destination
 
@@ -55,6 +55,8 @@ class Pump:
         self._signal.acquire()
         self._thread: threading.Thread | None = None
         self._orphans_at = 0.0
+        self._orphans_failure: str | None = None
+        self._from_memory = 0
 
     def start(self) -> None:
         """Start the thread, if it does not run. Where none can be started any more, the exit delivers."""
@@ -122,12 +124,14 @@ class Pump:
         try:
             for path, lines in list(self.journal.sealed):
                 segment = self.journal.claim(path)
+                apart = 0
                 if segment is not None:
-                    self._deliver(segment, deadline)
+                    apart = self._deliver(segment, deadline)
                 elif path.exists():
                     continue  # another process is delivering it
                 self.journal.sealed.remove((path, lines))
-                self.delivered += lines
+                self.delivered += max(lines - apart, 0)
+                self.set_aside += apart
             if self.failure is not None:
                 self.journal.seal()  # it works again: what was held back follows at the next beat
                 self.wake()
@@ -142,41 +146,51 @@ class Pump:
             self.failure = None
 
     def _drain_orphans(self, deadline: float | None) -> None:
+        failure = None
         for path in self.journal.orphans():
             try:
                 segment = self.journal.claim(path)
                 if segment is not None:
                     self._deliver(segment, deadline)
-            except (StoreError, OSError) as exc:
-                log.error("%s, left by another process, was not delivered: %s", path, exc)
-                return
+            except StoreError as exc:
+                failure = f"messages of other processes wait in the journal at {self.journal.folder}: {exc}"
+                break
+            except OSError as exc:
+                failure = f"{path}, left by another process, was not delivered: {exc}"
             if deadline is not None and time.monotonic() > deadline:
-                return
+                break
+        if failure is not None and self._orphans_failure is None:
+            log.error("%s", failure)
+        self._orphans_failure = failure
 
-    def _deliver(self, segment: Segment, deadline: float | None) -> None:
+    def _deliver(self, segment: Segment, deadline: float | None) -> int:
+        """Deliver a segment and delete it. Returns how many of its lines had to be set aside."""
         try:
-            corrupt, conflicts, refused = self._record(segment.lines(), deadline)
-            for reason, lines in (("corrupt", corrupt), ("conflict", conflicts), ("refused", refused)):
-                if lines:
-                    aside = segment.set_aside(lines, reason)
-                    self.set_aside += len(lines)
-                    log.error("%d %s line(s) of the journal were set aside in %s; %s", len(lines), reason, aside,
-                              _WHAT_TO_DO[reason])  # fmt: skip
+            apart = self._set_aside(segment.path, self._record(segment.lines(), deadline))
             segment.delete()
         finally:
             segment.release()
+        return apart
 
     def _deliver_memory(self, deadline: float | None) -> None:
-        lines = self.journal.take_memory()
+        lines = self.journal.in_memory()
         if not lines:
             return
-        try:
-            corrupt, conflicts, refused = self._record(lines, deadline)
-        except BaseException:
-            self.journal.keep(lines)
-            raise
-        self.delivered += len(lines) - len(corrupt) - len(conflicts) - len(refused)
-        self.set_aside += len(corrupt) + len(conflicts) + len(refused)
+        # As if from a segment of that name: what cannot be delivered finds its place.
+        origin = self.journal.folder / f"{self.journal.writer}-memory-{self._from_memory:06d}{SUFFIX}"
+        apart = self._set_aside(origin, self._record(lines, deadline))
+        self.journal.forget(lines)
+        self._from_memory += 1
+        self.delivered += len(lines) - apart
+        self.set_aside += apart
+
+    def _set_aside(self, origin: Path, failed: tuple[list[bytes], list[bytes], list[bytes]]) -> int:
+        for reason, lines in zip(_WHAT_TO_DO, failed, strict=True):
+            if lines:
+                aside = set_aside(origin, lines, reason)
+                log.error("%d %s line(s) of the journal were set aside in %s; %s", len(lines), reason, aside,
+                          _WHAT_TO_DO[reason])  # fmt: skip
+        return sum(map(len, failed))
 
     def _record(self, lines: Iterable[bytes], deadline: float | None) -> tuple[list[bytes], list[bytes], list[bytes]]:
         """Record every line. Returns those that are corrupt, in conflict, or that the destination cannot take."""
@@ -190,7 +204,7 @@ class Pump:
                 try:
                     if line.strip():
                         batch[number] = decode(line)
-                except (msgspec.MsgspecError, UnicodeDecodeError):
+                except Exception:  # of msgspec, or a RecursionError
                     corrupt.append(line)
             try:
                 receipt = self.destination.record(list(batch.values()), timeout_s=self._left(deadline))
@@ -236,9 +250,8 @@ def deliver_orphans(folder: Path, destination: Destination, *, timeout_s: float 
         for path in journal.orphans():
             segment = journal.claim(path)
             if segment is not None:
-                lines = sum(1 for _ in segment.lines())
-                pump._deliver(segment, deadline)
-                count += lines
+                lines = sum(1 for line in segment.lines() if line.strip())
+                count += lines - pump._deliver(segment, deadline)
     finally:
         journal.close()
-    return count - pump.set_aside
+    return count

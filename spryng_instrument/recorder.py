@@ -190,8 +190,8 @@ class Recorder:
         failure = journal.failure or pump.failure
         waiting = journal.waiting
         return Stats(
-            recorded=pump.delivered + waiting,
-            delivered=pump.delivered - pump.set_aside,
+            recorded=pump.delivered + pump.set_aside + waiting,
+            delivered=pump.delivered,
             waiting=waiting,
             dropped=journal.dropped,
             set_aside=pump.set_aside,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext
 from datetime import datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from pathlib import Path
@@ -103,6 +104,9 @@ _SUMS = f"""count(*) FILTER (WHERE {_BILLABLE}),
     sum(m.cost_pusd / 1000000), sum(m.cost_pusd % 1000000)"""
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
+_BUSY_S = 0.2
+"""How long one connection waits for a locked ledger: a fork must wait for it."""
+_FORK_WAIT_S = 10.0
 
 
 class SqliteStore:
@@ -119,13 +123,24 @@ class SqliteStore:
 
     def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
         """Keep *messages*, each id once, in one transaction that is on the disk when this returns."""
+        started = time.monotonic()
+        while True:
+            left = started + timeout_s - time.monotonic()
+            try:
+                return self._record(messages, min(max(left, 0.01), _BUSY_S), started)
+            except StoreBusyError:
+                if left <= _BUSY_S:
+                    raise
+                time.sleep(0.005)
+
+    def _record(self, messages: Sequence[Message], timeout_s: float, started: float) -> Receipt:
         new: dict[str, Message] = {}
         conflicts: list[Message] = []
-        with self._connect(timeout_s) as db, _transaction(db):
+        with self._connect(timeout_s, started) as db, _transaction(db):
             there = self._stored(db, [message.id for message in messages])
             for message in messages:
                 known = there.get(message.id) or new.setdefault(message.id, message)
-                if known != message:
+                if known != message and _row(known) != _row(message):  # a usage that says nothing is stored as none
                     conflicts.append(message)
             rows = [_row(message) for message in new.values()]
             # Many rows a statement: each statement gives up the interpreter's lock, and may wait 5 ms to have it back.
@@ -250,23 +265,22 @@ class SqliteStore:
         return {row[0]: _message(row) for row in found}
 
     @contextmanager
-    def _connect(self, timeout_s: float = 5.0) -> Iterator[sqlite3.Connection]:
+    def _connect(self, timeout_s: float = 5.0, started: float | None = None) -> Iterator[sqlite3.Connection]:
         """A connection to this ledger, made and migrated as needed; what goes wrong is said as a StoreError."""
-        started = time.monotonic()
+        started = time.monotonic() if started is None else started
         try:
-            if self._create:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._drop_leftovers()
-            elif not self.path.exists():
+            if not self._create and not self.path.exists():
                 raise StoreError(f"there is no ledger at {self.path}. Did anything record there yet? Try: spryng demo")
-            mode = "rwc" if self._create else "rw"
-            if not self._create and not os.access(self.path, os.W_OK):
-                mode = "ro"
-            url = f"{self.path.resolve().as_uri()}?mode={mode}"
-            with closing(sqlite3.connect(url, uri=True, timeout=timeout_s, isolation_level=None)) as db:
-                self._prepare(db)
-                opened = os.stat(self.path)
-                yield db
+            # A log that a deleted ledger left beside it is removed by SQLite itself, when it finds the new file empty.
+            mode = "rwc" if self._create else "rw" if os.access(self.path, os.W_OK) else "ro"
+            with _unforked():
+                if self._create:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                url = f"{self.path.resolve().as_uri()}?mode={mode}"
+                with closing(sqlite3.connect(url, uri=True, timeout=timeout_s, isolation_level=None)) as db:
+                    self._prepare(db)
+                    opened = os.stat(self.path)
+                    yield db
             if self._create and not _is_same(self.path, opened):
                 raise StoreError(f"{self.path} was deleted or replaced while it was written; it is made again")
         except sqlite3.OperationalError as exc:
@@ -278,6 +292,8 @@ class SqliteStore:
             raise StoreError(
                 f"{self.path}: {exc}. Messages wait in the journal; check the disk and its rights."
             ) from exc
+        except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError):
+            raise  # a message that cannot be stored, not a ledger that cannot be written
         except sqlite3.DatabaseError as exc:
             raise StoreNotOursError(
                 f"{self.path} is no ledger of spryng_instrument, or is corrupt: {exc}. Messages wait in the journal; "
@@ -302,12 +318,13 @@ class SqliteStore:
 
     def _version(self, db: sqlite3.Connection) -> int:
         """The schema's version, 0 for an empty file; raises for what this version must not touch."""
-        application, version = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-        )
-        if application != APPLICATION_ID and (
-            application or version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        ):
+        # In one transaction: another process may be making the ledger.
+        with nullcontext() if db.in_transaction else _transaction(db, "DEFERRED"):
+            application, version, tables = (
+                db.execute(question).fetchone()[0]
+                for question in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+            )
+        if application != APPLICATION_ID and (application or version or tables):
             raise StoreNotOursError(
                 f"{self.path} is a SQLite file of something else. Choose another destination. "
                 "Messages wait in the journal."
@@ -319,13 +336,53 @@ class SqliteStore:
             )
         return int(version)
 
-    def _drop_leftovers(self) -> None:
-        # A ledger was deleted but not the log beside it: that log must not be replayed into the new one.
-        if not self.path.exists():
-            for suffix in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{self.path}{suffix}")
 
+# SQLite remembers a process's locks in its memory. A child forked while a connection is open would believe that it has
+# them, or wait for ever for a thread that was not forked with it: so a fork waits until no other thread has one.
+_forks = threading.Condition()
+_connected: dict[int, int] = {}
+"""Open connections by thread."""
+_forking: set[int] = set()
+"""Threads that are about to fork: no connection begins meanwhile, or they would wait for ever."""
+
+
+@contextmanager
+def _unforked() -> Iterator[None]:
+    thread = threading.get_ident()
+    with _forks:
+        _forks.wait_for(lambda: not _forking - {thread} or thread in _connected, _FORK_WAIT_S)
+        _connected[thread] = _connected.get(thread, 0) + 1
+    try:
+        yield
+    finally:
+        with _forks:
+            if thread in _connected:  # not in a child that was forked in here
+                _connected[thread] -= 1
+                if not _connected[thread]:
+                    del _connected[thread]
+            _forks.notify_all()
+
+
+def _before_fork() -> None:
+    thread = threading.get_ident()
+    _forks.acquire()
+    _forking.add(thread)
+    _forks.wait_for(lambda: not _connected.keys() - {thread}, _FORK_WAIT_S)
+
+
+def _after_fork_in_parent() -> None:
+    _forking.discard(threading.get_ident())
+    _forks.notify_all()
+    _forks.release()
+
+
+def _after_fork_in_child() -> None:
+    _forking.clear()
+    _connected.clear()
+    _forks.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 _SELECT = ", ".join(f"m.{name}" for name in _COLUMNS)
 
