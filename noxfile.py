@@ -51,8 +51,10 @@ def fresh(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The suite with the newest openai."""
+    """The suite with the newest openai; on one Python with the tests that take their full time."""
     install(session)
+    if session.python == "3.12":
+        session.env["SPRYNG_TEST_FULL"] = "1"
     session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))
 
 

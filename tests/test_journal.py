@@ -155,6 +155,19 @@ def test_segment_of_a_living_process_is_nobodys(opened: Opened) -> None:
     assert third.claim(path) is None
 
 
+def test_segment_is_locked_before_it_is_seen(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment of its making can another process claim a segment: it would be deleted while it is written to."""
+    other, claims = opened(), []
+
+    def renames(hidden: Path, path: Path) -> None:
+        os.rename(hidden, path)
+        claims.append(other.claim(path))
+
+    monkeypatch.setattr(journals, "os", FakedOs(rename=renames))
+    opened().append(b"a\n")
+    assert claims == [None]
+
+
 def test_claim_of_a_segment_that_is_just_deleted(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment that another process delivers and deletes between our opening and our locking it is not ours."""
     writer, other = opened(), opened()

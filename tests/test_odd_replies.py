@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import spryng_instrument
 from spryng_instrument import recorder
+from spryng_instrument.endpoints import SseLines
 from spryng_instrument.message import Message
 from tests import shapes
 from tests.shapes import CHAT, HELLO, client_of, seen, settle, truth
@@ -386,3 +387,16 @@ def test_no_json_at_all(way, body, content_type, tmp_path):
 
     _, message = both_ways("sync", [body] * bool(body), content_type, act, tmp_path)
     assert (message.usage, message.response_id, message.response_model) == (None, None, None)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_raw_events_cut_anywhere(end):
+    """An event whose data spans several lines is read whole, wherever its bytes are cut; what follows [DONE] is not."""
+    lines = [": hi", 'data: {"a":', "data:1}", "", "data: [DONE]", "", 'data: {"b": 2}', "", ""]
+    body = end.join(lines).encode()
+    for first in range(len(body)):
+        for second in range(first, len(body)):
+            events = SseLines()
+            parts = (body[:first], body[first:second], body[second:])
+            assert [event for part in parts for event in events.feed(part)] == [{"a": 1}]
+            assert events.done

@@ -584,3 +584,22 @@ def test_other_endpoints_left_early(operation, mode, practice, instrument):
     assert (left.status, left.usage) == ("incomplete", None)
     assert (whole.status, whole.usage) == ("ok", truth(practice.exchanges[1].usage))
     assert {left.response_id, whole.response_id} == {exchange.response_id for exchange in practice.exchanges}
+
+
+@both
+@pytest.mark.skipif(not hasattr(openai.OpenAI, "responses"), reason=f"openai {openai.__version__} has no responses API")
+def test_error_event_after_the_text_began(mode, instrument):
+    """An error event in the midst of a response's text is a failed message with the event's code."""
+    text = {"type": "response.output_text.delta", "delta": "x", "item_id": "i", "output_index": 0, "content_index": 0}
+    error = {"type": "error", "code": "server_error", "message": "it broke", "param": None}
+    transport, _ = serving((200, "text/event-stream", [sse(text, text, error)]))
+    ledger = instrument()
+
+    async def call() -> list[str]:
+        async with client_of(mode, transport=transport, base_url=OPENAI) as client:
+            stream = await settle(client.responses.create(**CALLS["responses"], stream=True))
+            return [event.type async for event in each(stream)]
+
+    assert running(mode)(call()) == [text["type"], text["type"], "error"]
+    message = ledger.message()
+    assert (message.status, message.error, message.usage) == ("error", "server_error", None)
