@@ -264,12 +264,12 @@ class Tally:
 
     def see(self, chunk: object) -> bool:
         """Take in a chunk; tells whether it carries a generated token."""
+        fields = fields_of(chunk)
+        if "event" in fields and type(fields.get("data")) is dict:
+            chunk = fields = fields["data"]  # older SDKs wrap events that have a name
         if self._first is None:
             self._first = chunk
         self._last = chunk
-        fields = fields_of(chunk)
-        if self.field == "response" and "event" in fields:
-            fields = fields_of(fields.get("data"))  # SDKs older than this API wrap its events
         told = fields.get(self.field)
         if told is not None:
             self._told = fields

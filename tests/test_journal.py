@@ -161,7 +161,10 @@ def test_segment_is_locked_before_it_is_seen(opened: Opened, monkeypatch: pytest
 
     def renames(hidden: Path, path: Path) -> None:
         os.rename(hidden, path)
-        claims.append(other.claim(path))
+        segment = other.claim(path)
+        claims.append(segment)
+        if segment is not None:
+            segment.release()
 
     monkeypatch.setattr(journals, "os", FakedOs(rename=renames))
     opened().append(b"a\n")
