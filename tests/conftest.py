@@ -84,7 +84,7 @@ def _collected(request: pytest.FixtureRequest) -> Iterator[None]:
     """Collect garbage between tests, not within them.
 
     A stream that a test drops keeps its connection until it is collected. If that happens while httpcore holds its
-    pool's lock, on the same thread, the SDK waits for itself for ever, with us or without us.
+    pool's lock, on the same thread, the SDK waits for itself for ever.
     """
     gc.disable()
     yield
