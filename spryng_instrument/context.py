@@ -12,17 +12,16 @@ from functools import partial, wraps
 from sys import _getframe
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 
+from spryng_instrument.checks import clean_name, clean_properties, clean_query, clean_tags, say
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
-    from types import CodeType, FrameType
-    from typing import Any, Final, TypeVar
+    from types import FrameType
+    from typing import Any, TypeVar
 
     F = TypeVar("F", bound=Callable[..., Any])
     Scalar = str | int | float | bool | None
-
-MAX_KEY: Final = 255
-"""Characters of a key, a conversation id or a tag; a longer one is shortened, with a digest so that none are mixed."""
 
 _GENERATOR, _ASYNC_GENERATOR = 0x20, 0x200  # inspect.CO_*, whose module is slow to load
 _DRIVERS = ("contextlib", "_pytest.", "pytest_asyncio.")
@@ -314,7 +313,7 @@ def _binder(name: str, value: Callable[..., Any], func: Callable[..., Any]) -> C
             }
             return value(*positional, **named)
         except Exception as exc:
-            _say(
+            say(
                 f"@tracked({name}=...) on {getattr(func, '__qualname__', func)} raised {exc!r}; "
                 f"the call goes on without its {name}",
                 func,
@@ -324,100 +323,11 @@ def _binder(name: str, value: Callable[..., Any], func: Callable[..., Any]) -> C
     return compute
 
 
-def clean_name(what: str, value: object) -> str | None:
-    """A key, conversation id or tag as it is recorded; None if there is none. Says in the log what is wrong with it."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        if isinstance(value, bool) or not (isinstance(value, int) or type(value).__name__ == "UUID"):
-            _say(f"{what}={value!r}: a {what} must be a string, not {type(value).__name__}; recorded without it")
-            return None
-        _say(f"{what}={value!r}: a {what} must be a string, not {type(value).__name__}; recorded as {str(value)!r}")
-        value = str(value)
-    if len(value) > MAX_KEY:
-        from hashlib import sha256
-
-        digest = sha256(value.encode("utf-8", "backslashreplace")).hexdigest()[:32]
-        short = f"{value[: MAX_KEY - 33]}#{digest}"
-        _say(
-            f"{what}={value[:40]!r}...: {len(value)} characters are too long, {MAX_KEY} are allowed; recorded as its "
-            f"first {MAX_KEY - 33} and a digest, {short!r}"
-        )
-        return short
-    if not value or value.isspace():
-        _say(f"{what}={value!r}: a {what} must not be empty; recorded without it")
-        return None
-    return value
-
-
-def clean_tags(tags: object) -> tuple[str, ...]:
-    """Tags as they are recorded: in order, without repeats. One string counts as one tag."""
-    if not tags:
-        return ()
-    if isinstance(tags, str):
-        tags = (tags,)
-    try:
-        cleaned = [clean_name("tag", tag) for tag in tags]  # type: ignore[attr-defined]
-    except TypeError:
-        _say(f"tags={tags!r}: tags must be a sequence of strings, not {type(tags).__name__}; recorded without them")
-        return ()
-    return tuple(dict.fromkeys(tag for tag in cleaned if tag))
-
-
-def clean_query(query: object) -> str | None:
-    """A query as it is recorded."""
-    if query is None or isinstance(query, str):
-        return query
-    _say(f"query={query!r}: a query must be a string, not {type(query).__name__}; recorded as its text")
-    return str(query)
-
-
-def clean_properties(properties: object) -> dict[str, Scalar] | None:
-    """Properties as they are recorded; a value that is no JSON scalar is recorded as its text."""
-    if not properties:
-        return None
-    try:
-        items = list(dict(properties).items())  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        _say(f"properties={properties!r}: properties must map names to values; recorded without them")
-        return None
-    return {str(name): value if _is_scalar(value) else str(value) for name, value in items}
-
-
-def _is_scalar(value: object) -> bool:
-    """Whether JSON has this value as it is, and every reader of it too."""
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**63
-    if isinstance(value, float):
-        return abs(value) < float("inf")
-    return value is None or isinstance(value, str)
-
-
-_said: set[tuple[CodeType | None, int, str]] = set()
-
-
-def _say(problem: str, at: Callable[..., Any] | None = None) -> None:
-    """Log *problem* with the caller's line, once per line of code and kind of problem."""
-    frame: FrameType | None = _getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
-        frame = frame.f_back
-    code = getattr(at, "__code__", None) or (frame.f_code if frame else None)
-    line = code.co_firstlineno if at is not None and code else frame.f_lineno if frame else 0
-    mark = (code, line, problem.split(":", 1)[0].split("=", 1)[0])
-    if mark in _said or len(_said) > 1_000:
-        return
-    _said.add(mark)
-    from logging import getLogger
-
-    where = f" ({code.co_filename}:{line})" if code else ""
-    getLogger("spryng_instrument").error("%s%s", problem, where)
-
-
 def _notice_generator(frame: FrameType) -> None:
     driver = frame.f_back
     if driver is not None and str(driver.f_globals.get("__name__", "")).startswith(_DRIVERS):
         return
-    _say(
+    say(
         "`with usage_context(...)` inside a generator leaks its customer to whoever runs between two steps; "
         f"decorate {frame.f_code.co_name}() with @spryng_instrument.tracked(...), which sets it during each step only"
     )

@@ -64,7 +64,7 @@ def endpoint_of(method: str, url: str) -> Endpoint | None:
     return None
 
 
-class Reading(NamedTuple):
+class Reading(msgspec.Struct, frozen=True, gc=False):
     """What a reply says of itself."""
 
     usage: Usage | None = None
@@ -91,8 +91,13 @@ def fields_of(value: Any) -> Mapping[str, Any]:
 
 
 def read_reply(reply: object) -> Reading:
-    """What a whole reply says: an SDK object, a dict, or the fields of a `Body`."""
-    get = fields_of(reply).get
+    """What a whole reply says: an SDK object or a dict."""
+    return read_fields(fields_of(reply))
+
+
+def read_fields(fields: Mapping[str, Any]) -> Reading:
+    """The same of the fields of a reply."""
+    get = fields.get
     reported = get("usage")
     response_id, model, tier = get("id"), get("model"), get("service_tier")
     return Reading(
@@ -124,7 +129,7 @@ _body = msgspec.json.Decoder(Body)
 def read_body(content: bytes) -> Reading:
     """What the bytes of a JSON reply say."""
     try:
-        return read_reply(_body.decode(content).fields())
+        return read_fields(_body.decode(content).fields())
     except msgspec.MsgspecError:
         return read_reply(_lenient(content))
     except RecursionError:
@@ -142,14 +147,21 @@ def _lenient(content: bytes) -> object:
 def usage_of(reported: object) -> Usage | None:
     """The usage that a reply reports, by the names of any endpoint, in one form. None if it holds no count at all."""
     get = fields_of(reported).get
-    given = get("prompt_tokens_details") or get("input_tokens_details") or get("input_token_details")
-    made = get("completion_tokens_details") or get("output_tokens_details") or get("output_token_details")
+    input_tokens, output_tokens = get("prompt_tokens"), get("completion_tokens")
+    given, made = get("prompt_tokens_details"), get("completion_tokens_details")
+    if input_tokens is None:
+        input_tokens = get("input_tokens")
+    if output_tokens is None:
+        output_tokens = get("output_tokens")
+    if not given:
+        given = get("input_tokens_details") or get("input_token_details")
+    if not made:
+        made = get("output_tokens_details") or get("output_token_details")
     given_get = _NO_FIELDS if given is None else fields_of(given).get
     made_get = _NO_FIELDS if made is None else fields_of(made).get
-    input_tokens, output_tokens = get("prompt_tokens"), get("completion_tokens")
     counts: tuple[Any, ...] = (
-        get("input_tokens") if input_tokens is None else input_tokens,
-        get("output_tokens") if output_tokens is None else output_tokens,
+        input_tokens,
+        output_tokens,
         get("total_tokens"),
         given_get("cached_tokens"),
         given_get("cache_write_tokens"),
@@ -168,7 +180,7 @@ def usage_of(reported: object) -> Usage | None:
 
 _NO_COUNTS = (None,) * len(Usage.__struct_fields__)
 _NO_FIELDS: Any = {}.get
-_MOST = 2**63 - 1  # what every store's integers hold
+_MOST = 10**12  # no model takes as many; sums of millions of such messages still fit 64 bits
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens")
@@ -252,9 +264,9 @@ class Tally:
         """Whether the answer has come to its end: who stops reading now has left nothing out."""
         self.told_all = False
         """Whether nothing that is recorded can follow."""
-        self._first: object = None
-        self._last: object = None
-        self._told: object = None
+        self._first: Mapping[str, Any] | None = None
+        self._last: Mapping[str, Any] | None = None
+        self._told: Mapping[str, Any] | None = None
         self._failure: str | None = None
 
     @property
@@ -266,10 +278,10 @@ class Tally:
         """Take in a chunk; tells whether it carries a generated token."""
         fields = fields_of(chunk)
         if "event" in fields and type(fields.get("data")) is dict:
-            chunk = fields = fields["data"]  # older SDKs wrap events that have a name
+            fields = fields["data"]  # older SDKs wrap events that have a name
         if self._first is None:
-            self._first = chunk
-        self._last = chunk
+            self._first = fields
+        self._last = fields
         told = fields.get(self.field)
         if told is not None:
             self._told = fields
@@ -293,9 +305,9 @@ class Tally:
         """What the stream said in all."""
         told = self._told
         if self.field == "response":
-            reading = read_reply(fields_of(told).get("response")) if told is not None else NOTHING
-            return reading if self._failure is None else reading._replace(failure=self._failure)
-        readings = [read_reply(chunk) for chunk in (told, self._last, self._first) if chunk is not None]
+            reading = read_reply(told.get("response")) if told is not None else NOTHING
+            return reading if self._failure is None else msgspec.structs.replace(reading, failure=self._failure)
+        readings = [read_fields(fields) for fields in (told, self._last, self._first) if fields is not None]
         if not readings:
             return NOTHING
         return Reading(

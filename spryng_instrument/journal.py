@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
+from typing import NoReturn
 
 from spryng_instrument.errors import SettingsError
 
@@ -122,13 +123,15 @@ class Journal:
     def append(self, line: bytes) -> bool:
         """Write one line (ending in a line feed). Returns whether it is kept; False: it had to be dropped."""
         with self._lock:
+            kept = True
             try:
-                self._write(line)
-                kept = True
+                # Spelled out here, and again in `_write`: this is on the way of every call.
+                written = os.write(self._fd, line)
+                if written != len(line):
+                    self._cut_off(written)
+                self.lines += 1
             except OSError as exc:
-                self.failure = exc
-                self._failed_at = self._number, self.lines
-                kept = self._remember(line)
+                kept = self._append_again(line, exc)
         if not self._woken:
             self._woken = True
             self._wake()
@@ -270,10 +273,24 @@ class Journal:
             self._open()
             written = os.write(self._fd, line)
         if written != len(line):
-            # A full disk took a part of the line: cut it off again, which needs no space.
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._cut_off(written)
         self.lines += 1
+
+    def _cut_off(self, written: int) -> NoReturn:
+        """A full disk took a part of a line: remove that again, which needs no space."""
+        os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _append_again(self, line: bytes, failed: OSError) -> bool:
+        try:
+            if failed.errno != errno.EBADF:
+                raise failed
+            self._write(line)
+        except OSError as exc:
+            self.failure = exc
+            self._failed_at = self._number, self.lines
+            return self._remember(line)
+        return True
 
     def _is_empty(self) -> bool:
         # By the file, not by our count: an exception may have come between a write and the counting of it.

@@ -23,7 +23,7 @@ Only ok and incomplete count as messages to bill."""
 BILLABLE: tuple[Status, ...] = ("ok", "incomplete")
 
 
-class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Token counts of one call as the API reported them, in one form for every endpoint."""
 
     input_tokens: int | None = None
@@ -116,9 +116,13 @@ _seed_ids()
 os.register_at_fork(after_in_child=_seed_ids)  # or parent and child would make the same ids
 
 
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562): it sorts by the millisecond it was made in, and no other process makes it."""
-    ms = time_ns() // 1_000_000
+def new_id(ns: int | None = None) -> str:
+    """A UUIDv7 (RFC 9562): it sorts by the millisecond, and no other process makes it.
+
+    Args:
+        ns: nanoseconds since 1970 of what it names; default: now.
+    """
+    ms = (time_ns() if ns is None else ns) // 1_000_000
     return _id_format % (ms >> 16, ms & 0xFFFF, next(_id_numbers) & 0xFFFF_FFFF_FFFF)
 
 

@@ -1,38 +1,28 @@
 """Watches one call to its end, and reports it once.
 
 A plain reply is read where it stands. A stream is handed back as the very object the SDK made, with its inner iterator
-replaced by one that looks at each chunk as it passes; a raw body that was not read yet is looked at as it is read.
+replaced by one that looks at each chunk as it passes (streams); a raw body that was not read yet is looked at as it is
+read (bodies).
 Whatever happens in here, the caller sees what it would have seen: a bug of ours is logged, counted and kept from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import partial
-from itertools import chain
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import Any
 from weakref import ref
 
+from spryng_instrument.bodies import watch_body
 from spryng_instrument.context import Scope
-from spryng_instrument.endpoints import (
-    NOTHING,
-    Endpoint,
-    Reading,
-    SseLines,
-    Tally,
-    finishes,
-    forget_usage,
-    is_usage_chunk,
-    read_body,
-    read_reply,
-)
+from spryng_instrument.endpoints import NOTHING, Endpoint, Reading, SseLines, Tally, read_body, read_reply
 from spryng_instrument.message import BILLABLE, Message, Status, new_id
 from spryng_instrument.recorder import Recorder
+from spryng_instrument.streams import watch_async_stream, watch_stream
 
+_time_of = datetime.fromtimestamp
 _utc = timezone.utc
-NO_FIELDS: dict[str, Any] = {}
 
 
 class Call:
@@ -43,6 +33,8 @@ class Call:
     """Whether the stream was asked to report its usage, by the caller or by us."""
     hides = False
     """Whether it was by us: then the chunk that this adds is ours, and the caller never sees it."""
+    unasked: tuple[tuple[Any, ...], dict[str, Any]]
+    """The caller's own arguments, where ours ask for usage: to fall back on."""
     _streamed = False
     _open = False
     _done = False
@@ -56,7 +48,6 @@ class Call:
     def __init__(
         self, recorder: Recorder, endpoint: Endpoint, scope: Scope, key: str | None, host: str | None, model: object
     ) -> None:
-        self.id = new_id()
         self.endpoint = endpoint
         self.host = host
         self._recorder = recorder
@@ -67,14 +58,13 @@ class Call:
             self._call_site = recorder.unkeyed()
         self._request_model = model if type(model) is str else None
         self.query = scope.query
-        self._timestamp = datetime.now(_utc)
+        self._time_ns = time_ns()
         self._started = perf_counter()
 
     def replied(self, reply: Any) -> None:
         """The SDK is about to return *reply* to the caller."""
         try:
-            kind = _kinds.get(type(reply)) or _kind_of(reply)
-            kind(self, reply)
+            (_kinds.get(type(reply)) or _kind_of(reply))(self, reply)
         except Exception:
             self._recorder.bug("reading a reply")
 
@@ -150,10 +140,11 @@ class Call:
 
     def open(self, response: Any, *, streamed: bool = True) -> None:
         """From here on the call lasts until its stream, or the body that is not read yet, is at its end."""
+        self.__dict__.pop("unasked", None)  # not to be kept as long as the stream is
         self._streamed = streamed
         self._tally = Tally(self.endpoint)
         self._open = True
-        self._recorder.open_calls[self.id] = ref(self)
+        self._recorder.open_calls[id(self)] = ref(self)
         self.take_headers(response)
 
     def take_headers(self, response: Any, retries: object = None) -> None:
@@ -163,10 +154,7 @@ class Call:
 
     def plain(self, reading: Reading) -> None:
         """The whole reply is there."""
-        if reading.failure is None:
-            self._finish("ok", reading)
-        else:
-            self._finish("error", reading, error=reading.failure)
+        self._finish("ok", reading)
 
     def whole_stream(self, content: bytes) -> None:
         """The whole body of a stream is there."""
@@ -188,21 +176,20 @@ class Call:
         if self._done:
             return
         self._done = True
-        if self._open and self._recorder.open_calls.pop(self.id, None) is None:
+        if self._open and self._recorder.open_calls.pop(id(self), None) is None:
             return  # another thread was faster
         if reading.failure is not None and status in BILLABLE:
             status, error = "error", reading.failure
-        latency_ms = round((perf_counter() - self._started) * 1e3, 3)
-        first_token_ms = None
-        if self._first_token is not None:
-            first_token_ms = round((self._first_token - self._started) * 1e3, 3)
+        started = self._started
+        latency_ms = round((perf_counter() - started) * 1e3, 3)
+        first_token_ms = None if self._first_token is None else round((self._first_token - started) * 1e3, 3)
         scope = self._scope
         recorder = self._recorder
         # By position, in the order of Message: by name costs twice as much, and this is on the way of every call.
         recorder.record(
             Message(
-                self.id,
-                self._timestamp,
+                new_id(self._time_ns),
+                _time_of(self._time_ns / 1e9, _utc),
                 self.endpoint.operation,
                 status,
                 self._key,
@@ -242,7 +229,7 @@ _kinds: dict[type, Callable[[Call, Any], None]] = {}
 def _kind_of(reply: Any) -> Callable[[Call, Any], None]:
     # By what a reply has, not by its class: classes move between SDK versions, and callers bring their own.
     if hasattr(reply, "_iterator") and hasattr(reply, "response"):
-        kind: Callable[[Call, Any], None] = _async_stream if hasattr(reply, "__anext__") else _sync_stream
+        kind: Callable[[Call, Any], None] = watch_async_stream if hasattr(reply, "__anext__") else watch_stream
     elif hasattr(reply, "http_response"):
         kind = _raw
     elif hasattr(reply, "iter_bytes"):
@@ -255,10 +242,9 @@ def _kind_of(reply: Any) -> Callable[[Call, Any], None]:
 
 
 def _plain(call: Call, reply: Any) -> None:
-    request_id = getattr(reply, "__dict__", NO_FIELDS).get("_request_id")
-    if request_id is not None:
-        call._request_id = request_id
-    call.plain(read_reply(reply))
+    if hasattr(reply, "__dict__"):  # no dict, text, or whatever the caller has replies made into
+        call._request_id = reply.__dict__.get("_request_id")
+    call._finish("ok", read_reply(reply))
 
 
 def _raw(call: Call, reply: Any) -> None:
@@ -271,7 +257,7 @@ def _http(call: Call, response: Any, retries: object = None) -> None:
     except Exception:  # not read yet
         call.open(response, streamed="event-stream" in response.headers.get("content-type", ""))
         call.take_headers(response, retries)
-        _tap(call, response)
+        watch_body(call, response)
         return
     call.take_headers(response, retries)
     reading = read_body(content)
@@ -279,257 +265,3 @@ def _http(call: Call, response: Any, retries: object = None) -> None:
         call.whole_stream(content)
     else:
         call.plain(reading)
-
-
-def _sync_stream(call: Call, stream: Any) -> None:
-    chunks = stream._iterator
-    call.open(stream.response)
-    stream._iterator = watch = _watch(call, chunks)
-    watching = ref(watch)
-    _hook_close(call, stream.response, "close", lambda: getattr(watching(), "gi_running", False))
-
-
-def _async_stream(call: Call, stream: Any) -> None:
-    chunks = stream._iterator
-    call.open(stream.response)
-    stream._iterator = _AsyncWatch(call, chunks)
-    reading = ref(chunks)
-    _hook_close(call, stream.response, "aclose", lambda: getattr(reading(), "ag_running", False))
-
-
-def _watch(call: Call, chunks: Iterator[Any]) -> Any:
-    """Pass the chunks of a stream on, all but the one that only we asked for.
-
-    A generator, for its speed. If it is dropped before it is started it never runs: then Call.__del__ reports.
-    """
-    events = call.endpoint.stream_field == "response"
-    hides = call.hides
-    waiting = True
-    try:
-        while True:
-            for chunk in chunks:
-                # Most chunks carry text and nothing else. This runs on each of them: no calls, no second look.
-                try:
-                    fields = chunk.__dict__
-                    if events:
-                        plain = "item_id" in fields  # the deltas, of which most of these streams consist
-                    elif fields["usage"] is None:
-                        plain = fields["choices"][0].__dict__["finish_reason"] is None
-                        if hides:  # asked by us, each chunk says `"usage": null`: the caller's to_json() must not
-                            chunk.__pydantic_fields_set__.discard("usage")
-                    else:
-                        plain = False
-                except Exception:
-                    plain = False
-                if plain and not waiting:
-                    yield chunk
-                    continue
-                if call.see(chunk):
-                    waiting = False
-                if hides:
-                    if is_usage_chunk(chunk):
-                        continue
-                    forget_usage(chunk)
-                if not (call.asked and finishes(chunk)):
-                    yield chunk
-                    continue
-                # Many callers stop here, just before the usage: look one chunk ahead.
-                failure: Exception | None = None
-                following: tuple[Any, ...] = ()
-                try:
-                    following = (next(chunks),)
-                except StopIteration:
-                    pass
-                except Exception as exc:
-                    failure = exc
-                if following and is_usage_chunk(following[0]):
-                    call.see(following[0])
-                    if hides:
-                        following = ()
-                yield chunk
-                if failure is not None:
-                    raise failure
-                if following:
-                    chunks = chain(following, chunks)
-                    break
-            else:
-                break
-    except GeneratorExit:
-        call.left(finaliser=True)
-        raise
-    except BaseException as exc:
-        call.failed(exc)
-        raise
-    call.ended()
-
-
-class _AsyncWatch:
-    """The same for an async stream. No async generator: those meet the event loop's hooks, which the caller may see."""
-
-    __slots__ = ("_call", "_chunks", "_events", "_hides", "_next", "_waiting")
-
-    def __init__(self, call: Call, chunks: AsyncIterator[Any]) -> None:
-        self._call = call
-        self._chunks = chunks
-        self._next = chunks.__anext__
-        self._events = call.endpoint.stream_field == "response"
-        self._hides = call.hides
-        self._waiting = True
-
-    def __aiter__(self) -> _AsyncWatch:
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            chunk = await self._next()
-        except StopAsyncIteration:
-            self._call.ended()
-            raise
-        except BaseException as exc:
-            self._call.failed(exc)
-            raise
-        try:
-            fields = chunk.__dict__
-            if self._events:
-                plain = "item_id" in fields  # the deltas, of which most of these streams consist
-            elif fields["usage"] is None:
-                plain = fields["choices"][0].__dict__["finish_reason"] is None
-                if self._hides:
-                    chunk.__pydantic_fields_set__.discard("usage")
-            else:
-                plain = False
-        except Exception:
-            plain = False
-        if plain and not self._waiting:
-            return chunk
-        return await self._slowly(chunk)
-
-    async def _slowly(self, chunk: Any) -> Any:
-        call = self._call
-        if call.see(chunk):
-            self._waiting = False
-        if self._hides:
-            if is_usage_chunk(chunk):
-                return await self.__anext__()
-            forget_usage(chunk)
-        if call.asked and finishes(chunk):
-            # Many callers stop here, just before the usage: look one chunk ahead.
-            try:
-                following = await self._chunks.__anext__()
-            except StopAsyncIteration:
-                pass
-            except Exception as exc:
-                self._next = partial(self._replay, failure=exc)
-            except BaseException as exc:  # the task is being cancelled: that goes first
-                call.failed(exc)
-                raise
-            else:
-                usage = is_usage_chunk(following)
-                if usage:
-                    call.see(following)
-                if not (usage and self._hides):
-                    self._next = partial(self._replay, following)
-        return chunk
-
-    async def _replay(self, chunk: Any = None, failure: Exception | None = None) -> Any:
-        self._next = self._chunks.__anext__
-        if failure is not None:
-            raise failure
-        return chunk
-
-
-def _hook_close(call: Call, response: Any, name: str, is_reading: Callable[[], bool]) -> None:
-    """Report *call* when its response is closed, unless by its own end. The response keeps neither call nor stream."""
-    close = getattr(response, name)
-    watched = ref(call)
-
-    def leave() -> None:
-        if not is_reading():
-            response.__dict__.pop(name, None)
-            open_call = watched()
-            if open_call is not None:
-                open_call.left()
-
-    def closed() -> None:
-        try:
-            close()
-        finally:
-            leave()
-
-    async def aclosed() -> None:
-        try:
-            await close()
-        finally:
-            leave()
-
-    setattr(response, name, closed if name == "close" else aclosed)
-
-
-def _tap(call: Call, response: Any) -> None:
-    """Look at a body as the caller reads it: as server-sent events, or whole at its end."""
-    is_async = not hasattr(response.stream, "__iter__")
-    events = SseLines() if "event-stream" in response.headers.get("content-type", "") else None
-    body: list[bytes] = []
-    reading = False
-
-    def see(content: bytes) -> None:
-        if events is None:
-            body.append(content)
-            return
-        for event in events.feed(content):
-            call.see(event)
-        if events.done:
-            call.whole()
-
-    def end() -> None:
-        if events is None:
-            call.plain(read_body(b"".join(body)))
-        else:
-            call.ended()
-
-    def guarded(act: Callable[..., None], *args: bytes) -> None:
-        try:
-            act(*args)
-        except Exception:
-            call._recorder.bug("reading a body")
-
-    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
-        nonlocal reading
-        parts = original(chunk_size)
-        while True:
-            reading = True
-            try:
-                part = next(parts)
-            except StopIteration:
-                guarded(end)
-                return
-            except BaseException as exc:
-                call.failed(exc)
-                raise
-            finally:
-                reading = False
-            guarded(see, part)
-            yield part
-
-    async def aiter_bytes(chunk_size: int | None = None) -> AsyncIterator[bytes]:
-        nonlocal reading
-        parts = original(chunk_size)
-        while True:
-            reading = True
-            try:
-                part = await parts.__anext__()
-            except StopAsyncIteration:
-                guarded(end)
-                return
-            except BaseException as exc:
-                call.failed(exc)
-                raise
-            finally:
-                reading = False
-            guarded(see, part)
-            yield part
-
-    name = "aiter_bytes" if is_async else "iter_bytes"
-    original = getattr(response, name)
-    setattr(response, name, aiter_bytes if is_async else iter_bytes)
-    _hook_close(call, response, "aclose" if is_async else "close", lambda: reading)

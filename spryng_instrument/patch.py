@@ -97,94 +97,85 @@ def _unpatch() -> None:
 
 
 def _sync_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call, args, kwargs, fallback = _begin(client, args, kwargs)
+    call, args, kwargs = _begin(client, args, kwargs)
     if call is None:
         return wrapped(*args, **kwargs)
-    try:
-        reply = wrapped(*args, **kwargs)
-    except BaseException as exc:
-        if fallback is None or not _refuses_stream_options(call, exc):
-            call.failed(exc)
-            raise
-    else:
-        call.replied(reply)
-        return reply
-    try:
-        reply = wrapped(*fallback[0], **fallback[1])
-    except BaseException as exc:
-        call.failed(exc)
-        raise
-    call.replied(reply)
-    return reply
+    while True:
+        try:
+            reply = wrapped(*args, **kwargs)
+        except BaseException as exc:
+            if not _refuses_stream_options(call, exc):
+                call.failed(exc)
+                raise
+            args, kwargs = call.unasked
+        else:
+            call.replied(reply)
+            return reply
 
 
 async def _async_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call, args, kwargs, fallback = _begin(client, args, kwargs)
+    call, args, kwargs = _begin(client, args, kwargs)
     if call is None:
         return await wrapped(*args, **kwargs)
-    try:
-        reply = await wrapped(*args, **kwargs)
-    except BaseException as exc:
-        if fallback is None or not _refuses_stream_options(call, exc):
-            call.failed(exc)
-            raise
-    else:
-        call.replied(reply)
-        return reply
-    try:
-        reply = await wrapped(*fallback[0], **fallback[1])
-    except BaseException as exc:
-        call.failed(exc)
-        raise
-    call.replied(reply)
-    return reply
+    while True:
+        try:
+            reply = await wrapped(*args, **kwargs)
+        except BaseException as exc:
+            if not _refuses_stream_options(call, exc):
+                call.failed(exc)
+                raise
+            args, kwargs = call.unasked
+        else:
+            call.replied(reply)
+            return reply
 
 
-_Begun = tuple["Call | None", tuple[Any, ...], dict[str, Any], "tuple[tuple[Any, ...], dict[str, Any]] | None"]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_Begun = tuple["Call | None", tuple[Any, ...], dict[str, Any]]
 
 
 def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun:
-    """The call that starts here, None if it is no message; the arguments to send, and those to fall back on."""
+    """The call that starts here, None if it is no message; and the arguments to send."""
     recorder = recording.active
     if recorder is None:
-        return None, args, kwargs, None
+        return None, args, kwargs
     try:
         options = args[1] if len(args) > 1 else kwargs["options"]
         endpoint = endpoint_of(options.method, options.url)
         if endpoint is None:
-            return None, args, kwargs, None
+            return None, args, kwargs
         scope = current_scope() or NO_SCOPE
         key = scope.key or recorder.key_outside()
         body = options.json_data
         if type(body) is not dict:
             body = NO_BODY
         call = Call(recorder, endpoint, scope, key, _host_of(client, options.url), body.get("model"))
-        if call.query is None and recorder.settings.capture_query:
+        if recorder.settings.capture_query and call.query is None:
             call.query = _query_of(body)
         # Where only the body says stream, the SDK hands out its text as it came: nothing in there could be hidden.
-        if endpoint.wants_stream_options and body.get("stream") is True and kwargs.get("stream"):
-            return _ask_for_usage(call, recorder.settings, options, body, args, kwargs)
+        if endpoint.wants_stream_options and kwargs.get("stream") and body.get("stream") is True:
+            return call, *_ask_for_usage(call, recorder.settings, options, body, args, kwargs)
         if callable(options.post_parser):
             parsing = _copy_of(options)
             parsing.post_parser = call.parsing(options.post_parser)
-            return call, *_with_options(parsing, args, kwargs), None
-        return call, args, kwargs, None
+            return call, *_with_options(parsing, args, kwargs)
+        return call, args, kwargs
     except MissingKeyError:
         raise
     except Exception:
         recorder.bug("starting a call")
-        return None, args, kwargs, None
+        return None, args, kwargs
 
 
 def _ask_for_usage(
     call: Call, settings: Settings, options: Any, body: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Begun:
+) -> _Arguments:
     """Have a stream report its usage, where that is safe and the caller has not chosen: in a copy of the request."""
     extra = options.extra_json if isinstance(getattr(options, "extra_json", None), Mapping) else {}
     chosen = extra.get("stream_options", body.get("stream_options"))
     if isinstance(chosen, Mapping) and "include_usage" in chosen:
         call.asked = chosen["include_usage"] is True
-        return call, args, kwargs, None
+        return args, kwargs
     if (
         "stream_options" in extra
         or extra.get("stream", True) is not True
@@ -194,20 +185,19 @@ def _ask_for_usage(
         or _is_raw(options)
         or not _may_ask(call.host, settings)
     ):
-        return call, args, kwargs, None
+        return args, kwargs
     asking = _copy_of(options)
     asking.json_data = {**body, "stream_options": {**(chosen or {}), "include_usage": True}}
     call.asked = call.hides = True
-    return call, *_with_options(asking, args, kwargs), (args, kwargs)
+    call.unasked = args, kwargs
+    return _with_options(asking, args, kwargs)
 
 
 def _copy_of(options: Any) -> Any:
     return options.model_copy() if hasattr(options, "model_copy") else options.copy()
 
 
-def _with_options(
-    options: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_options(options: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     if len(args) > 1:
         return (args[0], options, *args[2:]), kwargs
     return args, {**kwargs, "options": options}
@@ -227,7 +217,7 @@ def _may_ask(host: str | None, settings: Settings) -> bool:
 
 def _refuses_stream_options(call: Call, exc: BaseException) -> bool:
     """Whether a server rejected the call for what we added. It is not asked again, and the call is sent as it was."""
-    if getattr(exc, "status_code", None) not in (400, 422) or "stream_options" not in str(exc):
+    if not call.hides or getattr(exc, "status_code", None) not in (400, 422) or "stream_options" not in str(exc):
         return False
     call.asked = call.hides = False
     if call.host is not None:

@@ -19,14 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from spryng_instrument.context import (
-    Scope,
-    clean_name,
-    clean_properties,
-    clean_query,
-    clean_tags,
-    current_scope,
-)
+from spryng_instrument.checks import clean_name, clean_properties, clean_query, clean_tags
+from spryng_instrument.context import Scope, current_scope
 from spryng_instrument.endpoints import checked_usage, operation_of, read_reply
 from spryng_instrument.errors import MissingKeyError, NotInstrumentedError, UsageError
 from spryng_instrument.journal import Journal
@@ -36,7 +30,7 @@ from spryng_instrument.settings import Settings
 from spryng_instrument.store import open_store
 
 if TYPE_CHECKING:
-    from spryng_instrument.context import Scalar
+    from spryng_instrument.checks import Scalar
 
 log = logging.getLogger("spryng_instrument")
 
@@ -95,7 +89,7 @@ class Recorder:
         self.pump = Pump(self.journal, self._destination, beat_s=self.settings.beat_s)
         self.generation = object()
         """Another one in a forked child: calls that were open at the fork are the parent's."""
-        self.open_calls: dict[str, weakref.ref[OpenCall]] = {}
+        self.open_calls: dict[int, weakref.ref[OpenCall]] = {}
         self.unattributed = 0
         self.errors = 0
         self.number = count(1).__next__

@@ -12,7 +12,7 @@ import openai._base_client as base
 import pytest
 
 import spryng_instrument
-from spryng_instrument import context, patch, recorder
+from spryng_instrument import checks, context, patch, recorder
 from spryng_instrument.message import Message
 from spryng_instrument.store.sqlite import SqliteStore
 from spryng_instrument.testing import PracticeServer
@@ -70,7 +70,7 @@ def _pristine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """However a test ends, nothing is instrumented after it, and the SDK's classes are what they were."""
     for name in ("DESTINATION", "JOURNAL", "DEFAULT_KEY", "ON_MISSING_KEY"):
         monkeypatch.delenv(f"SPRYNG_{name}", raising=False)
-    context._said.clear()
+    checks._said.clear()
     patch._refusing.clear()
     yield
     spryng_instrument.uninstrument()

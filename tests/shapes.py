@@ -424,7 +424,7 @@ def truth(reported: Any) -> Usage | None:
             if value is not None:
                 return (
                     value
-                    if isinstance(value, int) and value is not True and value is not False and 0 <= value < 2**63
+                    if isinstance(value, int) and value is not True and value is not False and 0 <= value <= 10**12
                     else None
                 )
         return None

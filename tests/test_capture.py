@@ -41,7 +41,9 @@ CONTEXT = {"key": "acme", "conversation_id": "c-42", "tags": ("support",), "prop
 @pytest.fixture
 def steady(practice, monkeypatch):
     """Begin a run of the practice server that gives the same ids and times as every other such run."""
-    monkeypatch.setattr(testing, "time", SimpleNamespace(time=lambda: 1_700_000_000, perf_counter=lambda: 0.0))
+    clock = SimpleNamespace(time=lambda: 1_700_000_000, perf_counter=lambda: 0.0)
+    monkeypatch.setattr(testing, "time", clock)
+    monkeypatch.setattr(testing.answers, "time", clock)
     monkeypatch.setattr(practice, "_identities", practice._identities)
 
     def begin() -> None:

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spryng_instrument import tracked, usage_context
-from spryng_instrument.context import MAX_KEY, clean_name, current_scope
+from spryng_instrument.checks import MAX_KEY, clean_name
+from spryng_instrument.context import current_scope
 
 
 def key() -> str | None:

@@ -74,7 +74,7 @@ NINE_AND_THREE = {"prompt_tokens": 9, "completion_tokens": 3}
         ({"input_tokens": 1.0}, "input_tokens=1.0 must be a whole number, not float"),
         ({"input_tokens": True}, "not bool"),
         ({"input_tokens": "7"}, "input_tokens='7' must be a whole number, not str"),
-        ({"input_tokens": 2**63}, "is too large"),
+        ({"input_tokens": 10**12 + 1}, "is too large"),
         ({**NINE_AND_THREE, "total_tokens": 13}, "total_tokens=13 is not prompt_tokens=9 + completion_tokens=3"),
         ({"input_tokens": 9, "total_tokens": 11}, "total_tokens=11 is not input_tokens=9 + output_tokens=None"),
         ({"prompt_tokens": 9, "input_tokens": 8}, "prompt_tokens=9 and input_tokens=8 contradict"),

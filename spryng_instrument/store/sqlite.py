@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -41,6 +40,7 @@ from spryng_instrument.store.base import (
     UsageRow,
     zone_of,
 )
+from spryng_instrument.store.forks import unforked
 
 APPLICATION_ID = 0x53505259  # "SPRY", at offset 68 of the file
 _USAGE = Usage.__struct_fields__
@@ -106,7 +106,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
 _BUSY_S = 0.2
 """How long one connection waits for a locked ledger: a fork must wait for it."""
-_FORK_WAIT_S = 10.0
 
 
 class SqliteStore:
@@ -273,7 +272,7 @@ class SqliteStore:
                 raise StoreError(f"there is no ledger at {self.path}. Did anything record there yet? Try: spryng demo")
             # A log that a deleted ledger left beside it is removed by SQLite itself, when it finds the new file empty.
             mode = "rwc" if self._create else "rw" if os.access(self.path, os.W_OK) else "ro"
-            with _unforked():
+            with unforked():
                 if self._create:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                 url = f"{self.path.resolve().as_uri()}?mode={mode}"
@@ -336,53 +335,6 @@ class SqliteStore:
             )
         return int(version)
 
-
-# SQLite remembers a process's locks in its memory. A child forked while a connection is open would believe that it has
-# them, or wait for ever for a thread that was not forked with it: so a fork waits until no other thread has one.
-_forks = threading.Condition()
-_connected: dict[int, int] = {}
-"""Open connections by thread."""
-_forking: set[int] = set()
-"""Threads that are about to fork: no connection begins meanwhile, or they would wait for ever."""
-
-
-@contextmanager
-def _unforked() -> Iterator[None]:
-    thread = threading.get_ident()
-    with _forks:
-        _forks.wait_for(lambda: not _forking - {thread} or thread in _connected, _FORK_WAIT_S)
-        _connected[thread] = _connected.get(thread, 0) + 1
-    try:
-        yield
-    finally:
-        with _forks:
-            if thread in _connected:  # not in a child that was forked in here
-                _connected[thread] -= 1
-                if not _connected[thread]:
-                    del _connected[thread]
-            _forks.notify_all()
-
-
-def _before_fork() -> None:
-    thread = threading.get_ident()
-    _forks.acquire()
-    _forking.add(thread)
-    _forks.wait_for(lambda: not _connected.keys() - {thread}, _FORK_WAIT_S)
-
-
-def _after_fork_in_parent() -> None:
-    _forking.discard(threading.get_ident())
-    _forks.notify_all()
-    _forks.release()
-
-
-def _after_fork_in_child() -> None:
-    _forking.clear()
-    _connected.clear()
-    _forks.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 _SELECT = ", ".join(f"m.{name}" for name in _COLUMNS)
 
