@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from spryng_instrument.endpoints import SseLines, read_body
 from spryng_instrument.streams import hook_close
+from spryng_instrument.tallies import SseLines
 
 if TYPE_CHECKING:
     from spryng_instrument.observe import Call
@@ -30,7 +30,7 @@ def watch_body(call: Call, response: Any) -> None:
 
     def end() -> None:
         if events is None:
-            call.plain(read_body(b"".join(body)))
+            call.plain(b"".join(body))
         else:
             call.ended()
 

@@ -46,6 +46,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Part of the input that was images."""
     output_image_tokens: int | None = None
     """Part of the output that was images."""
+    seconds: float | None = None
+    """Seconds of audio, where the API counts those."""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -95,6 +97,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """The process that recorded the message (random, new after a fork)."""
     sequence: int | None = None
     """Number of the message within its writer, from 1 without gaps: a gap in the ledger is a proven loss."""
+    tool_usage: dict[str, Any] | None = None
+    """Use of the API's own tools, web searches and images for example, as the API reported it."""
 
     @property
     def model(self) -> str | None:

@@ -16,10 +16,13 @@ from weakref import ref
 
 from spryng_instrument.bodies import watch_body
 from spryng_instrument.context import Scope
-from spryng_instrument.endpoints import NOTHING, Endpoint, Reading, SseLines, Tally, read_body, read_reply
+from spryng_instrument.deferred import WAITING
+from spryng_instrument.endpoints import Endpoint
 from spryng_instrument.message import BILLABLE, Message, Status, new_id
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.streams import watch_async_stream, watch_stream
+from spryng_instrument.tallies import SseLines, Tally
+from spryng_instrument.usage import NOTHING, Reading, fields_of, lenient, read_body, read_reply
 
 _time_of = datetime.fromtimestamp
 _utc = timezone.utc
@@ -142,7 +145,7 @@ class Call:
         """From here on the call lasts until its stream, or the body that is not read yet, is at its end."""
         self.__dict__.pop("unasked", None)  # not to be kept as long as the stream is
         self._streamed = streamed
-        self._tally = Tally(self.endpoint)
+        self._tally = self.endpoint.tally()
         self._open = True
         self._recorder.open_calls[id(self)] = ref(self)
         self.take_headers(response)
@@ -152,14 +155,14 @@ class Call:
         self._request_id = response.headers.get("x-request-id")
         self._retries = retries if type(retries) is int else _retries_of(response.request)
 
-    def plain(self, reading: Reading) -> None:
-        """The whole reply is there."""
-        self._finish("ok", reading)
+    def plain(self, content: bytes) -> None:
+        """The whole body of a reply is there."""
+        self._finish("ok", read_body(content))
 
     def whole_stream(self, content: bytes) -> None:
         """The whole body of a stream is there."""
         self._streamed = True
-        self._tally = Tally(self.endpoint)
+        self._tally = self.endpoint.tally()
         for event in SseLines().feed(content):
             self._tally.see(event)
         self.ended()
@@ -185,37 +188,75 @@ class Call:
         first_token_ms = None if self._first_token is None else round((self._first_token - started) * 1e3, 3)
         scope = self._scope
         recorder = self._recorder
+        waits = reading.status in WAITING and self._waits(status, reading)
         # By position, in the order of Message: by name costs twice as much, and this is on the way of every call.
-        recorder.record(
-            Message(
-                new_id(self._time_ns),
-                _time_of(self._time_ns / 1e9, _utc),
-                self.endpoint.operation,
-                status,
-                self._key,
-                scope.conversation_id,
-                scope.tags,
-                self.query,
-                scope.properties,
-                self._request_model,
-                reading.model,
-                reading.response_id,
-                self._request_id,
-                self._retries,
-                reading.service_tier,
-                self.host,
-                self._streamed,
-                error,
-                http_status,
-                latency_ms,
-                first_token_ms,
-                reading.usage,
-                self._call_site,
-                recorder.journal.writer,
-                recorder.number(),
-            ),
-            finaliser=finaliser,
+        message = Message(
+            new_id(self._time_ns),
+            _time_of(self._time_ns / 1e9, _utc),
+            self.endpoint.operation,
+            status,
+            self._key,
+            scope.conversation_id,
+            scope.tags,
+            self.query,
+            scope.properties,
+            self._request_model,
+            reading.model,
+            reading.response_id,
+            self._request_id,
+            self._retries,
+            reading.service_tier,
+            self.host,
+            self._streamed,
+            error,
+            http_status,
+            latency_ms,
+            first_token_ms,
+            reading.usage,
+            self._call_site,
+            None if waits else recorder.journal.writer,
+            None if waits else recorder.number(),
+            reading.tool_usage,
         )
+        if waits:
+            recorder.defer(message)
+        else:
+            recorder.record(message, finaliser=finaliser)
+
+    def _waits(self, status: Status, reading: Reading) -> bool:
+        """Whether the usage of this call comes with a later read."""
+        return self.endpoint.defers and status in BILLABLE and reading.usage is None and reading.response_id is not None
+
+
+class Read(Call):
+    """A later look at what a call began: no message of its own. Its answer may complete the one of that call."""
+
+    def __init__(self, recorder: Recorder, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._recorder = recorder
+        self._generation = recorder.generation
+
+    def replied(self, reply: Any) -> None:
+        items = fields_of(reply).get("data")
+        if type(items) is not list:
+            return super().replied(reply)
+        try:
+            for item in items:
+                self._recorder.settle(read_reply(item))
+        except Exception:
+            self._recorder.bug("reading a page")
+
+    def plain(self, content: bytes) -> None:
+        page = lenient(content)
+        items = fields_of(page).get("data")
+        for item in items if type(items) is list else [page]:
+            self._recorder.settle(read_reply(item))
+
+    def _finish(self, status: Status, reading: Reading, **_: Any) -> None:
+        if not self._done:
+            self._done = True
+            self._recorder.open_calls.pop(id(self), None)
+            self._recorder.settle(reading)
 
 
 def _retries_of(request: Any) -> int | None:
@@ -233,7 +274,7 @@ def _kind_of(reply: Any) -> Callable[[Call, Any], None]:
     elif hasattr(reply, "http_response"):
         kind = _raw
     elif hasattr(reply, "iter_bytes"):
-        kind = _http
+        kind = _http if hasattr(reply, "headers") else _binary
     else:
         kind = _plain
     if len(_kinds) < 256:  # parsed replies bring new types with every call
@@ -251,6 +292,10 @@ def _raw(call: Call, reply: Any) -> None:
     _http(call, reply.http_response, getattr(reply, "retries_taken", None))
 
 
+def _binary(call: Call, reply: Any) -> None:
+    _http(call, reply.response)
+
+
 def _http(call: Call, response: Any, retries: object = None) -> None:
     try:
         content = response.content
@@ -260,8 +305,7 @@ def _http(call: Call, response: Any, retries: object = None) -> None:
         watch_body(call, response)
         return
     call.take_headers(response, retries)
-    reading = read_body(content)
-    if reading == NOTHING and "event-stream" in response.headers.get("content-type", ""):
+    if "event-stream" in response.headers.get("content-type", "") and read_body(content) == NOTHING:
         call.whole_stream(content)
     else:
-        call.plain(reading)
+        call.plain(content)

@@ -17,7 +17,7 @@ from spryng_instrument import recorder as recording
 from spryng_instrument.context import Scope, current_scope
 from spryng_instrument.endpoints import endpoint_of
 from spryng_instrument.errors import MissingKeyError
-from spryng_instrument.observe import Call
+from spryng_instrument.observe import Call, Read
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.settings import Settings, differences, resolve
 
@@ -144,6 +144,8 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
         endpoint = endpoint_of(options.method, options.url)
         if endpoint is None:
             return None, args, kwargs
+        if endpoint.reads:
+            return Read(recorder, endpoint), args, kwargs
         scope = current_scope() or NO_SCOPE
         key = scope.key or recorder.key_outside()
         body = options.json_data

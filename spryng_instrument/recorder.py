@@ -19,15 +19,19 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from msgspec.structs import replace
+
 from spryng_instrument.checks import clean_name, clean_properties, clean_query, clean_tags
 from spryng_instrument.context import Scope, current_scope
-from spryng_instrument.endpoints import checked_usage, operation_of, read_reply
+from spryng_instrument.deferred import WAITING, Deferred
+from spryng_instrument.endpoints import operation_of
 from spryng_instrument.errors import MissingKeyError, NotInstrumentedError, UsageError
 from spryng_instrument.journal import Journal
 from spryng_instrument.message import Message, encode, new_id
 from spryng_instrument.pump import Pump
 from spryng_instrument.settings import Settings
 from spryng_instrument.store import open_store
+from spryng_instrument.usage import Reading, checked_usage, read_reply
 
 if TYPE_CHECKING:
     from spryng_instrument.checks import Scalar
@@ -83,6 +87,7 @@ class Recorder:
         self.settings = settings
         self._destination = open_store(settings.destination)
         self.journal = Journal(Path(settings.journal), memory_limit=settings.memory_limit, wake=self._wake)
+        self.deferred = Deferred(Path(settings.journal))
         self._begin()
 
     def _begin(self) -> None:
@@ -104,6 +109,9 @@ class Recorder:
 
     def start(self) -> None:
         """Start delivering."""
+        for path, message in self.deferred.overdue():
+            if self.record(message):
+                path.unlink(missing_ok=True)
         self.pump.start()
         self.pump.wake()  # what an earlier process left
 
@@ -126,8 +134,8 @@ class Recorder:
         self.journal.after_fork()
         self._begin()
 
-    def record(self, message: Message, *, finaliser: bool = False) -> None:
-        """Write a message to the journal.
+    def record(self, message: Message, *, finaliser: bool = False) -> bool:
+        """Write a message to the journal. Returns whether it is kept.
 
         Args:
             finaliser: called by the garbage collector, which may run inside anything and must wait for nothing.
@@ -135,10 +143,29 @@ class Recorder:
         line = encode(message) + b"\n"
         if finaliser:
             self.journal.append_unlocked(line)
-        elif not self.journal.append(line) or self.journal.failure is not None:
+            return True
+        kept = self.journal.append(line)
+        if not kept or self.journal.failure is not None:
             self._say_failing()
-        if not self.pump.started and not finaliser:
+        if not self.pump.started:
             self.pump.start()
+        return kept
+
+    def defer(self, message: Message) -> None:
+        """Keep a message whose usage comes with a later read of its response_id."""
+        try:
+            self.deferred.keep(str(message.response_id), message)
+        except OSError:
+            log.exception("%s cannot be kept until its usage is known; recorded without", message.response_id)
+            self.record(replace(message, writer=self.journal.writer, sequence=self.number()))
+
+    def settle(self, reading: Reading) -> None:
+        """An answer was read again: if it is done, and a message waits for it, record that."""
+        if reading.response_id is None or (reading.usage is None and reading.status in (None, *WAITING)):
+            return
+        message = self.deferred.completed(reading.response_id, reading)
+        if message is not None and self.record(message):
+            self.deferred.forget(reading.response_id)
 
     def key_outside(self) -> str | None:
         """The key of a call whose scope has none.

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from spryng_instrument.endpoints import finishes, forget_usage, is_usage_chunk
+from spryng_instrument.tallies import finishes, forget_usage, is_usage_chunk
 
 if TYPE_CHECKING:
     from spryng_instrument.observe import Call
@@ -41,7 +41,7 @@ def _watch(call: Call, chunks: Iterator[Any]) -> Any:
 
     A generator, for its speed. If it is dropped before it is started it never runs: then Call.__del__ reports.
     """
-    events = call.endpoint.stream_field == "response"
+    plain_field = call.endpoint.tally.plain_field
     hides = call.hides
     waiting = True
     try:
@@ -50,8 +50,8 @@ def _watch(call: Call, chunks: Iterator[Any]) -> Any:
                 # Most chunks carry text and nothing else. This runs on each of them: no calls, no second look.
                 try:
                     fields = chunk.__dict__
-                    if events:
-                        plain = "item_id" in fields  # the deltas, of which most of these streams consist
+                    if plain_field is not None:
+                        plain = plain_field in fields
                     elif fields["usage"] is None:
                         plain = fields["choices"][0].__dict__["finish_reason"] is None
                         if hides:  # asked by us, each chunk says `"usage": null`: the caller's to_json() must not
@@ -105,13 +105,13 @@ def _watch(call: Call, chunks: Iterator[Any]) -> Any:
 class _AsyncWatch:
     """The same for an async stream. No async generator: those meet the event loop's hooks, which the caller may see."""
 
-    __slots__ = ("_call", "_chunks", "_events", "_hides", "_next", "_waiting")
+    __slots__ = ("_call", "_chunks", "_hides", "_next", "_plain_field", "_waiting")
 
     def __init__(self, call: Call, chunks: AsyncIterator[Any]) -> None:
         self._call = call
         self._chunks = chunks
         self._next = chunks.__anext__
-        self._events = call.endpoint.stream_field == "response"
+        self._plain_field = call.endpoint.tally.plain_field
         self._hides = call.hides
         self._waiting = True
 
@@ -129,8 +129,8 @@ class _AsyncWatch:
             raise
         try:
             fields = chunk.__dict__
-            if self._events:
-                plain = "item_id" in fields  # the deltas, of which most of these streams consist
+            if self._plain_field is not None:
+                plain = self._plain_field in fields
             elif fields["usage"] is None:
                 plain = fields["choices"][0].__dict__["finish_reason"] is None
                 if self._hides:

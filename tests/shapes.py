@@ -431,6 +431,9 @@ def truth(reported: Any) -> Usage | None:
 
     details = "prompt_tokens_details", "input_tokens_details", "input_token_details"
     made = "completion_tokens_details", "output_tokens_details", "output_token_details"
+    seconds = reported.get("seconds")
+    if type(seconds) not in (int, float) or not 0 <= seconds <= 10**12:
+        seconds = None
     # An empty details object of one name does not hide a full one of another: no server sends both.
     usage = Usage(
         input_tokens=count("prompt_tokens", "input_tokens"),
@@ -443,6 +446,7 @@ def truth(reported: Any) -> Usage | None:
         output_audio_tokens=count(*(f"{name}/audio_tokens" for name in made)),
         input_image_tokens=count(*(f"{name}/image_tokens" for name in details)),
         output_image_tokens=count(*(f"{name}/image_tokens" for name in made)),
+        seconds=seconds,
     )
     return None if usage == Usage() else usage
 
@@ -470,14 +474,15 @@ def sse(*events: Any) -> bytes:
 
 
 def serving(*answers: Any) -> tuple[Any, list[Any]]:
-    """A transport that gives these answers in turn, the last one for ever, and the JSON it was asked.
+    """A transport that gives these answers in turn, the last one for ever, and the JSON (or bytes) it was asked.
 
     An answer is an exception to raise, or (status, content type, parts of the body[, exception to end it]).
     """
     asked: list[Any] = []
 
     def answer(request: Any) -> Any:
-        asked.append(json.loads(request.content))
+        is_json = "json" in request.headers.get("content-type", "")
+        asked.append(json.loads(request.content) if is_json else request.read())
         given = answers[min(len(asked), len(answers)) - 1]
         if isinstance(given, BaseException):
             raise given

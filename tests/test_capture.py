@@ -75,6 +75,7 @@ def expected(shape: shapes.Shape, exchange: testing.Exchange, **fields: Any) -> 
         "http_status": None,
         "usage": truth(exchange.usage) if exchange.usage_sent else None,
         "call_site": None,
+        "tool_usage": None,
         **fields,
     }
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import spryng_instrument
 from spryng_instrument import recorder
-from spryng_instrument.endpoints import SseLines
 from spryng_instrument.message import Message
+from spryng_instrument.tallies import SseLines
 from tests import shapes
 from tests.shapes import CHAT, HELLO, client_of, seen, settle, truth
 

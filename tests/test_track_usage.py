@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spryng_instrument import track_usage, usage_context
-from spryng_instrument.endpoints import checked_usage
 from spryng_instrument.errors import MissingKeyError, UsageError
 from spryng_instrument.message import Usage
+from spryng_instrument.usage import checked_usage
 from tests.conftest import Ledger
 
 

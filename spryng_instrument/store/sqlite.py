@@ -49,7 +49,7 @@ _PLAIN = (
     "request_id", "retries", "service_tier", "host", "error", "http_status", "latency_ms", "time_to_first_token_ms",
     "call_site", "writer", "sequence",
 )  # fmt: skip
-_COLUMNS = ("id", "timestamp_us", "streamed", "tags", "properties", *_PLAIN, *_USAGE)
+_COLUMNS = ("id", "timestamp_us", "streamed", "tags", "properties", "tool_usage", *_PLAIN, *_USAGE)
 
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -59,13 +59,13 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             timestamp_us INTEGER NOT NULL,
             streamed INTEGER NOT NULL,
             tags TEXT NOT NULL,
-            properties TEXT,
+            properties TEXT, tool_usage TEXT,
             key TEXT, conversation_id TEXT, query TEXT,
             operation TEXT NOT NULL, status TEXT NOT NULL,
             request_model TEXT, response_model TEXT, response_id TEXT, request_id TEXT,
             retries INTEGER, service_tier TEXT, host TEXT, error TEXT, http_status INTEGER,
             latency_ms REAL, time_to_first_token_ms REAL, call_site TEXT, writer TEXT, sequence INTEGER,
-            {", ".join(f"{name} INTEGER" for name in _USAGE)},
+            {", ".join(f"{name} {'REAL' if name == 'seconds' else 'INTEGER'}" for name in _USAGE)},
             cost_pusd INTEGER, price_version TEXT,
             model TEXT GENERATED ALWAYS AS (coalesce(response_model, request_model)) VIRTUAL,
             reported INTEGER GENERATED ALWAYS AS (coalesce({", ".join(_USAGE)}) IS NOT NULL) VIRTUAL
@@ -367,6 +367,7 @@ def _row(message: Message) -> tuple[Any, ...]:
         message.streamed,
         msgspec.json.encode(message.tags).decode(),
         None if message.properties is None else msgspec.json.encode(message.properties).decode(),
+        None if message.tool_usage is None else msgspec.json.encode(message.tool_usage).decode(),
         *[getattr(message, name) for name in _PLAIN],
         *([None] * len(_USAGE) if usage is None else [getattr(usage, name) for name in _USAGE]),
     )
@@ -375,12 +376,13 @@ def _row(message: Message) -> tuple[Any, ...]:
 def _message(row: Sequence[Any]) -> Message:
     values = dict(zip(_COLUMNS, row, strict=True))
     counts = {name: values.pop(name) for name in _USAGE}
-    properties = values.pop("properties")
+    properties, tool_usage = values.pop("properties"), values.pop("tool_usage")
     return Message(
         timestamp=_EPOCH + timedelta(microseconds=values.pop("timestamp_us")),
         streamed=bool(values.pop("streamed")),
         tags=msgspec.json.decode(values.pop("tags"), type=tuple[str, ...]),
         properties=None if properties is None else msgspec.json.decode(properties),
+        tool_usage=None if tool_usage is None else msgspec.json.decode(tool_usage),
         usage=Usage(**counts) if any(count is not None for count in counts.values()) else None,
         **values,
     )

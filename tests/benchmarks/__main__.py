@@ -230,11 +230,11 @@ def swap(stream: Any, chunks: Any) -> None:
     if call is None:
         stream._iterator = chunks
     elif hasattr(chunks, "__anext__"):
-        from spryng_instrument.observe import _AsyncWatch
+        from spryng_instrument.streams import _AsyncWatch
 
         stream._iterator = _AsyncWatch(call, chunks)
     else:
-        from spryng_instrument.observe import _watch
+        from spryng_instrument.streams import _watch
 
         stream._iterator = _watch(call, chunks)
 

@@ -1,0 +1,101 @@
+"""Calls that were answered before their work was done: background responses, runs, batches.
+
+Their usage comes with a later read of the same id, perhaps in another process. So the message is made when the call is,
+whole but for its usage, and kept in a file of its own, named by the API's id, until such a read has completed it.
+
+Exactly once: whoever completes it makes the same message from the same answer, with the same id. So two readers at
+once, or one that was killed before the file was gone, make a duplicate that the ledger drops, never a second message.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+
+from spryng_instrument.message import Message, Status, decode, encode
+from spryng_instrument.usage import Reading
+
+FOLDER = "deferred"
+"""The folder, within the journal's."""
+KEPT_S = 7 * 24 * 3600.0
+"""How long a message waits for its usage. Then it is recorded as it is: usage not reported."""
+
+WAITING = ("queued", "in_progress", "requires_action", "cancelling", "validating", "finalizing")
+"""What an answer says of work that is not done."""
+
+
+class Deferred:
+    """The messages of a journal folder that wait for their usage. Any process that shares it may complete them."""
+
+    def __init__(self, journal: Path) -> None:
+        self.folder = journal / FOLDER
+
+    def keep(self, answer_id: str, message: Message) -> None:
+        """Keep *message* until the answer of that id is read. Raises OSError if the disk does not take it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(answer_id)
+        hidden = path.with_suffix(f".{os.getpid()}.new")
+        hidden.write_bytes(encode(message))
+        os.replace(hidden, path)
+
+    def completed(self, answer_id: str, reading: Reading) -> Message | None:
+        """The message that waits for the answer of that id, completed by what the answer says. None: none does."""
+        message = _read(self._path(answer_id))
+        return None if message is None else complete(message, reading)
+
+    def forget(self, answer_id: str) -> None:
+        """Its message is recorded."""
+        with suppress(FileNotFoundError):
+            self._path(answer_id).unlink()
+
+    def overdue(self, age_s: float = KEPT_S) -> Iterator[tuple[Path, Message]]:
+        """Those that nobody has read for so long, with their files."""
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > age_s:
+                    message = _read(path)
+                    if message is not None:
+                        yield path, message
+
+    @property
+    def count(self) -> int:
+        """How many wait."""
+        return len(self._files())
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.json"))
+
+    def _path(self, answer_id: str) -> Path:
+        return self.folder / f"{sha256(answer_id.encode('utf-8', 'backslashreplace')).hexdigest()[:40]}.json"
+
+
+def complete(message: Message, reading: Reading) -> Message:
+    """*message* with what its finished answer says: the same for everybody who reads the same answer."""
+    status: Status = "ok"
+    error = None
+    if reading.status == "cancelled":
+        status = "cancelled"
+    elif reading.failure is not None or reading.status == "expired":
+        status, error = "error", reading.failure or "expired"
+    return msgspec.structs.replace(
+        message,
+        status=status,
+        error=error,
+        usage=reading.usage,
+        tool_usage=reading.tool_usage,
+        response_model=reading.model or message.response_model,
+        service_tier=reading.service_tier or message.service_tier,
+    )
+
+
+def _read(path: Path) -> Message | None:
+    try:
+        return decode(path.read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,319 @@
+"""Work that is answered before it is done: one message, with the usage that a later read tells, for who began it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import openai
+import pytest
+
+import spryng_instrument
+from spryng_instrument import deferred, usage_context
+from spryng_instrument.message import Usage
+from spryng_instrument.usage import Reading
+from tests import shapes
+from tests.shapes import MODES, client_of, running, settle, sse
+
+# Assistants are on their way out, and the SDK says so.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+BASE_URL = "https://api.openai.com/v1"
+USAGE = {"input_tokens": 30, "output_tokens": 12, "total_tokens": 42, "output_tokens_details": {"reasoning_tokens": 5}}
+READ = Usage(input_tokens=30, output_tokens=12, total_tokens=42, reasoning_tokens=5)
+RUN_USAGE = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+RUN_READ = Usage(input_tokens=30, output_tokens=12, total_tokens=42)
+
+needs_responses = pytest.mark.skipif(
+    not hasattr(openai.OpenAI, "responses"), reason=f"openai {openai.__version__} has no responses API"
+)
+
+
+def response(status: str, **more: Any) -> dict[str, Any]:
+    return {"id": "resp_1", "object": "response", "status": status, "model": "gpt-5-2025-08-07", "background": True,
+            "output": [], "usage": USAGE if status in ("completed", "incomplete") else None, **more}  # fmt: skip
+
+
+def run(status: str, **more: Any) -> dict[str, Any]:
+    return {"id": "run_1", "object": "thread.run", "status": status, "model": "gpt-4o", "thread_id": "t_1",
+            "usage": RUN_USAGE if status == "completed" else None, **more}  # fmt: skip
+
+
+def batch(status: str, **more: Any) -> dict[str, Any]:
+    return {"id": "batch_1", "object": "batch", "status": status, "endpoint": "/v1/responses", "model": "gpt-5",
+            "usage": USAGE if status == "completed" else None, **more}  # fmt: skip
+
+
+def replies(*bodies: Any) -> Any:
+    """A transport that gives these answers in turn: a JSON body, or a list of events."""
+    answers = []
+    for body in bodies:
+        kind = "text/event-stream" if isinstance(body, list) else "application/json"
+        answers.append((200, kind, [sse(*body) if isinstance(body, list) else json.dumps(body).encode()]))
+    return shapes.serving(*answers)[0]
+
+
+async def drained(stream: Any, stop_after: int | None = None) -> None:
+    read = 0
+    async for _ in shapes.each(stream):
+        read += 1
+        if read == stop_after:
+            break
+    await settle(stream.close())
+
+
+async def begin_response(client: Any) -> None:
+    await settle(client.responses.create(model="gpt-5", input="hi", background=True))
+
+
+async def begin_streamed_response(client: Any) -> None:
+    await drained(await settle(client.responses.create(model="gpt-5", input="hi", background=True, stream=True)), 1)
+
+
+async def read_response(client: Any) -> None:
+    await settle(client.responses.retrieve("resp_1"))
+
+
+async def read_raw_response(client: Any) -> None:
+    await settle(client.responses.with_raw_response.retrieve("resp_1"))
+
+
+async def begin_run(client: Any) -> None:
+    await settle(client.beta.threads.runs.create(thread_id="t_1", assistant_id="a_1"))
+
+
+async def begin_thread_and_run(client: Any) -> None:
+    await settle(client.beta.threads.create_and_run(assistant_id="a_1"))
+
+
+async def read_run(client: Any) -> None:
+    await settle(client.beta.threads.runs.retrieve("run_1", thread_id="t_1"))
+
+
+async def list_runs(client: Any) -> None:
+    await settle(client.beta.threads.runs.list("t_1"))
+
+
+async def hand_in(client: Any) -> None:
+    await settle(client.beta.threads.runs.submit_tool_outputs("run_1", thread_id="t_1", tool_outputs=[]))
+
+
+async def begin_batch(client: Any) -> None:
+    await settle(client.batches.create(input_file_id="f", endpoint="/v1/responses", completion_window="24h"))
+
+
+async def read_batch(client: Any) -> None:
+    await settle(client.batches.retrieve("batch_1"))
+
+
+async def list_batches(client: Any) -> None:
+    await settle(client.batches.list())
+
+
+STARTED = [{"type": "response.created", "sequence_number": 0, "response": response("queued")},
+           {"type": "response.in_progress", "sequence_number": 1, "response": response("in_progress")}]  # fmt: skip
+PAGE = {"object": "list", "has_more": False}
+# name, begin, its answer, read, what the reads answer in turn, operation, status, usage
+CASES = [
+    ("response", begin_response, response("queued"), read_response,
+     [response("in_progress"), response("completed"), response("completed")], "responses", "ok", READ),
+    ("raw", begin_response, response("queued"), read_raw_response,
+     [response("in_progress"), response("completed"), response("completed")], "responses", "ok", READ),
+    ("streamed", begin_streamed_response, STARTED, read_response,
+     [response("in_progress"), response("completed"), response("completed")], "responses", "ok", READ),
+    ("failed", begin_response, response("queued"), read_response,
+     [response("failed", error={"code": "server_error", "message": "no"}), response("failed")], "responses", "error",
+     None),
+    ("cancelled", begin_response, response("queued"), read_response, [response("cancelled")], "responses", "cancelled",
+     None),
+    ("run", begin_run, run("queued"), read_run, [run("in_progress"), run("completed"), run("completed")],
+     "threads.runs", "ok", RUN_READ),
+    ("thread and run", begin_thread_and_run, run("queued"), list_runs,
+     [{**PAGE, "data": [run("in_progress")]}, {**PAGE, "data": [run("completed")]}], "threads.runs", "ok", RUN_READ),
+    ("tool outputs", begin_run, run("requires_action"), hand_in, [run("queued"), run("completed")], "threads.runs",
+     "ok", RUN_READ),
+    ("expired", begin_run, run("queued"), read_run, [run("expired")], "threads.runs", "error", None),
+    ("batch", begin_batch, batch("validating"), read_batch,
+     [batch("in_progress"), batch("finalizing"), batch("completed"), batch("completed")], "batches", "ok", READ),
+    ("batches", begin_batch, batch("validating"), list_batches,
+     [{**PAGE, "data": [batch("completed", id="batch_other"), batch("completed")]}], "batches", "ok", READ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("begin", "first", "read", "later", "operation", "status", "usage"),
+    [pytest.param(*case[1:], id=case[0]) for case in CASES],
+)
+def test_counted_once_for_who_began_it(begin, first, read, later, operation, status, usage, mode, instrument):
+    """However often an answer is read, and by whom: one message, with its usage, for the customer who began it."""
+    if operation == "responses" and not hasattr(openai.OpenAI, "responses"):
+        pytest.skip(f"openai {openai.__version__} has no responses API")
+    ledger = instrument()
+
+    async def act() -> None:
+        async with client_of(mode, base_url=BASE_URL, transport=replies(first, *later)) as client:
+            with usage_context("acme", conversation_id="c-1"):
+                await begin(client)
+            assert ledger.messages() == []
+            for _ in later:
+                with usage_context("the poller"):
+                    await read(client)
+
+    running(mode)(act())
+    message = ledger.message()
+    assert (message.operation, message.status, message.usage) == (operation, status, usage)
+    assert (message.key, message.conversation_id) == ("acme", "c-1")
+    assert message.response_id == first["id"] if isinstance(first, dict) else "resp_1"
+    assert not list((ledger.journal / deferred.FOLDER).iterdir())
+
+
+@needs_responses
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_stream(mode, instrument):
+    """A background response whose stream broke off is counted when a second stream reads it to its end."""
+    ledger = instrument()
+    rest = [{"type": "response.completed", "sequence_number": 2, "response": response("completed")}]
+
+    async def act() -> None:
+        async with client_of(mode, base_url=BASE_URL, transport=replies(STARTED, rest)) as client:
+            with usage_context("acme"):
+                await begin_streamed_response(client)
+            await drained(await settle(client.get("/responses/resp_1?stream=true&starting_after=1", cast_to=object,
+                                                  stream=True, stream_cls=stream_class(client))))  # fmt: skip
+
+    def stream_class(client: Any) -> Any:
+        return (openai.AsyncStream if isinstance(client, openai.AsyncOpenAI) else openai.Stream)[object]
+
+    running(mode)(act())
+    message = ledger.message()
+    assert (message.key, message.status, message.usage) == ("acme", "ok", READ)
+
+
+@needs_responses
+def test_a_stream_that_is_left_is_not_background(instrument):
+    """A response that is not made in the background ends with its stream: incomplete, and at once."""
+    ledger = instrument()
+    started = [{**event, "response": {**event["response"], "background": False}} for event in STARTED]
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(started)) as client:
+            await drained(client.responses.create(model="gpt-5", input="hi", stream=True), 1)
+
+    shapes.run(act())
+    assert ledger.message().status == "incomplete"
+
+
+@needs_responses
+def test_reads_of_what_we_did_not_see_begin(instrument):
+    """A read alone is no message, whatever usage it shows."""
+    ledger = instrument()
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(response("completed"))) as client:
+            for _ in range(3):
+                await read_response(client)
+
+    shapes.run(act())
+    assert ledger.messages() == []
+
+
+READER = """
+import asyncio, json, sys
+import spryng_instrument
+from tests import shapes
+from tests.test_deferred import BASE_URL, read_response, replies, response
+
+spryng_instrument.instrument(destination=sys.argv[1], on_missing_key="ignore")
+
+async def act():
+    async with shapes.client_of("sync", base_url=BASE_URL, transport=replies(response("completed"))) as client:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        await read_response(client)
+
+shapes.run(act())
+"""
+
+
+@needs_responses
+def test_other_processes_complete_it(instrument):
+    """Four processes read the finished answer of a fifth at once: one message."""
+    ledger = instrument()
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
+            with usage_context("acme"):
+                await begin_response(client)
+
+    shapes.run(act())
+    readers = [
+        subprocess.Popen([sys.executable, "-c", READER, ledger.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         text=True)
+        for _ in range(4)
+    ]  # fmt: skip
+    for reader in readers:
+        assert reader.stdout.readline() == "ready\n"
+    for reader in readers:
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+    for reader in readers:
+        reader.communicate(timeout=60)
+        assert reader.returncode == 0
+    message = ledger.message()
+    assert (message.key, message.usage) == ("acme", READ)
+    assert not (ledger.journal / "set-aside").exists()
+
+
+@needs_responses
+def test_never_read(instrument):
+    """An answer that nobody reads for a week is a message without usage: it was asked for, and is not forgotten."""
+    ledger = instrument()
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
+            with usage_context("acme"):
+                await begin_response(client)
+
+    shapes.run(act())
+    spryng_instrument.uninstrument()
+    [waiting] = (ledger.journal / deferred.FOLDER).iterdir()
+    instrument()
+    assert ledger.messages() == []
+    spryng_instrument.uninstrument()
+    long_ago = time.time() - deferred.KEPT_S - 1
+    os.utime(waiting, (long_ago, long_ago))
+    instrument()
+    message = ledger.message()
+    assert (message.key, message.status, message.usage) == ("acme", "ok", None)
+    assert not waiting.exists()
+
+
+@needs_responses
+def test_a_disk_that_takes_nothing(instrument, monkeypatch):
+    """Where the wait cannot be kept, the message is recorded without usage rather than not at all."""
+    ledger = instrument()
+    (ledger.journal / deferred.FOLDER).write_text("in the way")
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
+            with usage_context("acme"):
+                await begin_response(client)
+
+    shapes.run(act())
+    message = ledger.message()
+    assert (message.key, message.usage, message.response_id) == ("acme", None, "resp_1")
+
+
+def test_damaged_files_are_left_alone(tmp_path):
+    """A file that is no message is not taken for one, nor removed."""
+    store = deferred.Deferred(tmp_path)
+    store.folder.mkdir()
+    store._path("resp_1").write_bytes(b"{")
+    assert store.completed("resp_1", Reading(response_id="resp_1", usage=READ)) is None
+    assert list(store.overdue(-1)) == []
+    assert store.count == 1
