@@ -46,6 +46,7 @@ def instrument(
     beat_s: float | None = None,
     exit_timeout_s: float | None = None,
     memory_limit: int | None = None,
+    threads: bool | None = None,
 ) -> None:
     """Record every OpenAI call of this process from now on, of clients made before and after.
 
@@ -64,6 +65,8 @@ def instrument(
         exit_timeout_s: seconds that the interpreter's exit may wait for delivery. Default: 2; the rest stays in the
             journal for the next process.
         memory_limit: messages held in memory while the journal's disk takes none. Default: 10,000.
+        threads: have every Thread and ThreadPoolExecutor carry the usage_context of whoever starts it. Default: False;
+            integrations.executors says when that is right, and has carry() for a single executor.
 
     Raises:
         SettingsError: one of them cannot be used; the message has the value and what to do.

@@ -29,9 +29,9 @@ _DRIVERS = ("contextlib", "_pytest.", "pytest_asyncio.")
 
 
 class Scope:
-    """What calls made now belong to. Never changed once made, but for `left`."""
+    """What calls made now belong to. Never changed once made: other Contexts, of tasks that go on, may hold it too."""
 
-    __slots__ = ("conversation_id", "key", "left", "outer", "owner", "properties", "query", "tags")
+    __slots__ = ("conversation_id", "key", "outer", "owner", "properties", "query", "tags")
 
     def __init__(
         self,
@@ -45,7 +45,6 @@ class Scope:
     ) -> None:
         self.owner = owner
         self.outer = outer
-        self.left = False
         self.key = key
         self.conversation_id = conversation_id
         self.tags = tags
@@ -129,14 +128,17 @@ class usage_context:
     def _leave(self) -> None:
         # Contexts may be left out of order (generators), or in another Context, where ours was never entered.
         scope = _scope.get()
-        mine = scope
-        while mine is not None and (mine.left or mine.owner is not self):
-            mine = mine.outer
-        if mine is None:
-            return
-        mine.left = True
-        while scope is not None and scope.left:
+        above: list[Scope] = []
+        while scope is not None and scope.owner is not self:
+            above.append(scope)
             scope = scope.outer
+        if scope is None:
+            return
+        scope = scope.outer
+        for inner in reversed(above):
+            scope = Scope(
+                inner.owner, scope, inner.key, inner.conversation_id, inner.tags, inner.query, inner.properties
+            )
         _scope.set(scope)
 
 
@@ -239,7 +241,11 @@ def _async_generator(func: Callable[..., Any], context: Callable[..., usage_cont
                     return
             try:
                 step = partial(steps.asend, (yield item))
-            except BaseException as exc:  # GeneratorExit too: the user's own finally runs in its context
+            except GeneratorExit:
+                with scope:  # the user's own finally runs in its context, unless a loop that ends has closed it before
+                    await steps.aclose()
+                raise
+            except BaseException as exc:
                 step = partial(steps.athrow, exc)
 
     return wrapper
@@ -331,3 +337,20 @@ def _notice_generator(frame: FrameType) -> None:
         "`with usage_context(...)` inside a generator leaks its customer to whoever runs between two steps; "
         f"decorate {frame.f_code.co_name}() with @spryng_instrument.tracked(...), which sets it during each step only"
     )
+
+
+def scope_now() -> Scope | None:
+    """The current scope as a value: nobody can leave it, so it holds wherever and however late run_in() sets it."""
+    scope = _scope.get()
+    if scope is None:
+        return None
+    return Scope(None, None, scope.key, scope.conversation_id, scope.tags, scope.query, scope.properties)
+
+
+def run_in(scope: Scope | None, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call *func* with *scope* in place of the current one, be that within this Context or a thread's empty one."""
+    token = _scope.set(scope)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        _scope.reset(token)

@@ -50,6 +50,9 @@ class Settings:
     memory_limit: int = 10_000
     """Messages held in memory while the journal's disk takes none; beyond it they are dropped and counted."""
 
+    threads: bool = False
+    """Have threads and thread pools carry the usage_context of whoever starts them."""
+
 
 class Setting(NamedTuple):
     """How one field of Settings is read from an argument and from the environment."""
@@ -196,4 +199,5 @@ TABLE: dict[str, Setting] = {
     "beat_s": Setting(_seconds, _number_text),
     "exit_timeout_s": Setting(_seconds, _number_text),
     "memory_limit": Setting(_count, _number_text),
+    "threads": Setting(_flag, _flag_text),
 }

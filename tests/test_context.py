@@ -82,6 +82,38 @@ def test_left_in_another_context_never_raises() -> None:
         assert key() == "other"
 
 
+async def test_a_task_outlives_the_context_it_was_made_in() -> None:
+    """A task keeps its customer when its parent has left the context, also after a context of its own."""
+    seen: list[str | None] = []
+
+    async def child() -> None:
+        await asyncio.sleep(0.01)
+        seen.append(key())
+        with usage_context(conversation_id="c"):
+            seen.append(key())
+        seen.append(key())
+
+    with usage_context("acme"):
+        task = asyncio.create_task(child())
+    await task
+    assert seen == ["acme"] * 3
+
+
+async def test_a_tracked_generator_whose_own_is_closed_first() -> None:
+    """Closing a tracked async generator never raises, even if the one within was closed by somebody else before."""
+
+    async def steps() -> AsyncIterator[int]:
+        yield 1
+        yield 2
+
+    inner = steps()
+    outer = tracked("acme")(lambda: inner)()
+    assert await outer.__anext__() == 1
+    await inner.aclose()
+    await outer.aclose()
+    assert key() is None
+
+
 @given(st.permutations([0, 1, 2]))
 def test_left_in_any_order(order: list[int]) -> None:
     """Contexts that are left out of order leave nothing behind, and never bring back one that was left."""
