@@ -17,6 +17,17 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 OPENAI = {"1.40.0": ["httpx<0.28"], "1.109.1": [], "2.54.0": []}
 """Older SDKs of the matrix, with what each needs: openai before 1.55.3 fails with httpx 0.28."""
 
+ABOVE = {
+    "langchain": ["langchain-openai"],
+    "pydantic_ai": ["pydantic-ai-slim[openai]"],
+    "openai_agents": ["openai-agents"],
+    "instructor": ["instructor"],
+    "litellm": ["litellm"],
+    "llama_index": ["llama-index-llms-openai"],
+}
+"""What sits on the SDK, by the name that its tests begin with. Each chooses its own openai: in one environment some
+would be years old, because litellm and llama-index want openai below 3."""
+
 PARALLEL = ["-n", "2", "--dist", "loadfile"]
 
 GROUPS = nox.project.load_toml("pyproject.toml")
@@ -64,3 +75,12 @@ def sdk(session: nox.Session, openai: str) -> None:
     """The suite with an older openai."""
     install(session, f"openai=={openai}", *OPENAI[openai])
     session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))
+
+
+@nox.session(python="3.12")
+@nox.parametrize("library", list(ABOVE))
+def above(session: nox.Session, library: str) -> None:
+    """A framework that sits on the SDK: what it calls is metered. One that cannot be imported fails."""
+    install(session, *ABOVE[library])
+    session.env["SPRYNG_TEST_ABOVE"] = "1"
+    session.run("python", "-m", "pytest", "tests/test_above_the_sdk.py", "-k", f"test_{library}", *session.posargs)

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from spryng_instrument.message import Message, Status, decode, encode
-from spryng_instrument.usage import Reading
+from spryng_instrument.usage import Reading, read_fields
 
 FOLDER = "deferred"
 """The folder, within the journal's."""
 KEPT_S = 7 * 24 * 3600.0
 """How long a message waits for its usage. Then it is recorded as it is: usage not reported."""
+
+TURNED = ".turned"
+"""Suffix of the file beside that of a session of which a turn is recorded."""
 
 WAITING = ("queued", "in_progress", "requires_action", "cancelling", "validating", "finalizing")
 """What an answer says of work that is not done."""
@@ -49,19 +54,49 @@ class Deferred:
         message = _read(self._path(answer_id))
         return None if message is None else complete(message, reading)
 
+    def turn(self, session_id: str, turn: Mapping[str, Any]) -> Message | None:
+        """The message of a turn, of an agent's session that waits for its turns. None: it does not."""
+        session = _read(self._path(session_id))
+        if session is None:
+            return None
+        turn_id, created_at = str(turn.get("id")), turn.get("created_at")
+        digest = sha256(turn_id.encode("utf-8", "backslashreplace")).hexdigest()
+        began = isinstance(created_at, int) and datetime.fromtimestamp(created_at, timezone.utc)
+        message = msgspec.structs.replace(
+            session,
+            id=f"{session.id[:14]}7{digest[:3]}-8{digest[3:6]}-{digest[6:18]}",
+            timestamp=began or session.timestamp,
+            operation="agents.turns",
+            response_id=turn_id,
+            latency_ms=None,
+            time_to_first_token_ms=None,
+        )
+        return complete(message, read_fields(turn))
+
+    def turned(self, session_id: str) -> None:
+        """A turn of a session is recorded: the session waits on, but owes no message any more."""
+        path = self._path(session_id)
+        with suppress(OSError):
+            os.utime(path)
+            path.with_suffix(TURNED).touch()
+
     def forget(self, answer_id: str) -> None:
         """Its message is recorded."""
-        with suppress(FileNotFoundError):
-            self._path(answer_id).unlink()
+        self.drop(self._path(answer_id))
 
-    def overdue(self, age_s: float = KEPT_S) -> Iterator[tuple[Path, Message]]:
-        """Those that nobody has read for so long, with their files."""
+    def drop(self, path: Path) -> None:
+        """Remove one of `overdue`."""
+        path.unlink(missing_ok=True)
+        path.with_suffix(TURNED).unlink(missing_ok=True)
+
+    def overdue(self, age_s: float = KEPT_S) -> Iterator[tuple[Path, Message | None]]:
+        """The files of those that nobody has read for so long, with the message that is owed, if one is."""
         for path in self._files():
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > age_s:
                     message = _read(path)
                     if message is not None:
-                        yield path, message
+                        yield path, None if path.with_suffix(TURNED).exists() else message
 
     @property
     def count(self) -> int:

@@ -6,9 +6,9 @@ put more in front.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from spryng_instrument.tallies import EventTally, ResponseTally, RunTally, Tally
+from spryng_instrument.tallies import EventTally, ResponseTally, RunTally, SessionTally, Tally
 from spryng_instrument.usage import fields_of
 
 
@@ -22,13 +22,15 @@ class Endpoint(NamedTuple):
     """Whether its streams report usage only when asked by stream_options.include_usage."""
     defers: bool = False
     """Whether its answer may come before the work is done: usage is then told by a later read of the same id."""
-    reads: bool = False
-    """Whether it is such a read: no message of its own, but the one of the call that began the work."""
+    kind: Literal["call", "read", "session", "turns"] = "call"
+    """What a request is: a call; a later read of what a call began, no message of its own; for agents, the creation of
+    a session, or a read of its turns, which are the messages."""
 
 
-_READS_RESPONSE = Endpoint("responses", ResponseTally, reads=True)
-_READS_RUN = Endpoint("threads.runs", RunTally, reads=True)
-_READS_BATCH = Endpoint("batches", reads=True)
+_READS_RESPONSE = Endpoint("responses", ResponseTally, kind="read")
+_READS_RUN = Endpoint("threads.runs", RunTally, kind="read")
+_READS_BATCH = Endpoint("batches", kind="read")
+_READS_TURNS = Endpoint("agents.turns", kind="turns")
 
 ENDPOINTS: dict[str, Endpoint] = {
     "POST /chat/completions": Endpoint("chat.completions", Tally, wants_stream_options=True),
@@ -64,6 +66,12 @@ ENDPOINTS: dict[str, Endpoint] = {
     "POST /batches/{}/cancel": _READS_BATCH,
     "GET /batches/{}": _READS_BATCH,
     "GET /batches": _READS_BATCH,
+    "POST /agents/sessions": Endpoint("agents.sessions", SessionTally, defers=True, kind="session"),
+    "GET /agents/sessions/{}/events": _READS_TURNS,
+    "GET /agents/sessions/{}/turns": _READS_TURNS,
+    "GET /agents/sessions/{}/turns/{}": _READS_TURNS,
+    "GET /agents/sessions/{}/subagents/{}/turns": _READS_TURNS,
+    "GET /agents/sessions/{}/subagents/{}/turns/{}": _READS_TURNS,
 }
 
 NOT_COUNTED: dict[str, str] = {
@@ -76,10 +84,13 @@ NOT_COUNTED: dict[str, str] = {
     "POST /evals/{}/runs": "evaluations run at OpenAI, and report a table per model",
     "GET /evals/{}/runs": "evaluations run at OpenAI, and report a table per model",
     "GET /evals/{}/runs/{}": "evaluations run at OpenAI, and report a table per model",
-    "POST /evals/{}/runs/{}": "evaluations run at OpenAI, and report a table per model",
+    "POST /evals/{}/runs/{}/cancel": "evaluations run at OpenAI, and report a table per model",
     "GET /evals/{}/runs/{}/output_items": "samples of an evaluation",
     "GET /evals/{}/runs/{}/output_items/{}": "a sample of an evaluation",
     "POST /fine_tuning/alpha/graders/run": "alpha; reports a table per model that has no fixed shape",
+    "GET /agents/sessions": "their usage is cumulative; their turns are the messages",
+    "GET /agents/sessions/{}": "its usage is cumulative; its turns are the messages",
+    "POST /agents/sessions/{}": "its usage is cumulative; its turns are the messages",
     "POST /conversations/{}/items": "stores items that responses have reported when they were made",
     "GET /conversations/{}/items": "repeats items that responses have reported when they were made",
     "GET /conversations/{}/items/{}": "repeats an item that a response has reported when it was made",

@@ -142,13 +142,17 @@ class Call:
             self.left(finaliser=True)
 
     def open(self, response: Any, *, streamed: bool = True) -> None:
-        """From here on the call lasts until its stream, or the body that is not read yet, is at its end."""
+        """From here on the call lasts until the stream, or the body that is not read yet, is at its end."""
+        self.opened(streamed=streamed)
+        self.take_headers(response)
+
+    def opened(self, *, streamed: bool = True) -> None:
+        """From here on the call lasts until its stream is at its end."""
         self.__dict__.pop("unasked", None)  # not to be kept as long as the stream is
         self._streamed = streamed
         self._tally = self.endpoint.tally()
         self._open = True
         self._recorder.open_calls[id(self)] = ref(self)
-        self.take_headers(response)
 
     def take_headers(self, response: Any, retries: object = None) -> None:
         """Keep what the HTTP response says of the call."""
@@ -158,6 +162,10 @@ class Call:
     def plain(self, content: bytes) -> None:
         """The whole body of a reply is there."""
         self._finish("ok", read_body(content))
+
+    def answered(self, reading: Reading) -> None:
+        """The whole answer is there, and read."""
+        self._finish("ok", reading)
 
     def whole_stream(self, content: bytes) -> None:
         """The whole body of a stream is there."""
@@ -188,7 +196,7 @@ class Call:
         first_token_ms = None if self._first_token is None else round((self._first_token - started) * 1e3, 3)
         scope = self._scope
         recorder = self._recorder
-        waits = reading.status in WAITING and self._waits(status, reading)
+        waits = self.endpoint.defers and self._waits(status, reading)
         # By position, in the order of Message: by name costs twice as much, and this is on the way of every call.
         message = Message(
             new_id(self._time_ns),
@@ -225,7 +233,8 @@ class Call:
 
     def _waits(self, status: Status, reading: Reading) -> bool:
         """Whether the usage of this call comes with a later read."""
-        return self.endpoint.defers and status in BILLABLE and reading.usage is None and reading.response_id is not None
+        done = reading.usage is not None or reading.status not in WAITING
+        return not done and status in BILLABLE and reading.response_id is not None
 
 
 class Read(Call):
@@ -236,21 +245,25 @@ class Read(Call):
         self._recorder = recorder
         self._generation = recorder.generation
 
+    def take(self, item: object) -> None:
+        """An answer that was read, alone or in a page."""
+        self._recorder.settle(read_reply(item))
+
     def replied(self, reply: Any) -> None:
-        items = fields_of(reply).get("data")
-        if type(items) is not list:
+        if hasattr(reply, "http_response") or hasattr(reply, "_iterator"):
             return super().replied(reply)
         try:
-            for item in items:
-                self._recorder.settle(read_reply(item))
+            self._take_all(reply)
         except Exception:
-            self._recorder.bug("reading a page")
+            self._recorder.bug("reading an answer")
 
     def plain(self, content: bytes) -> None:
-        page = lenient(content)
-        items = fields_of(page).get("data")
-        for item in items if type(items) is list else [page]:
-            self._recorder.settle(read_reply(item))
+        self._take_all(lenient(content))
+
+    def _take_all(self, reply: object) -> None:
+        items = fields_of(reply).get("data")
+        for item in items if type(items) is list else [reply]:
+            self.take(item)
 
     def _finish(self, status: Status, reading: Reading, **_: Any) -> None:
         if not self._done:

@@ -14,12 +14,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spryng_instrument import recorder as recording
+from spryng_instrument.agents import SessionCall, TurnsRead
 from spryng_instrument.context import Scope, current_scope
 from spryng_instrument.endpoints import endpoint_of
 from spryng_instrument.errors import MissingKeyError
+from spryng_instrument.integrations import executors
 from spryng_instrument.observe import Call, Read
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.settings import Settings, differences, resolve
+from spryng_instrument.sockets import patch_sockets, unpatch_sockets
 
 log = logging.getLogger("spryng_instrument")
 
@@ -27,6 +30,7 @@ SEAMS = ("SyncAPIClient", "AsyncAPIClient")
 OPENAI_HOST = "api.openai.com"
 RAW_HEADER = "x-stainless-raw-response"
 
+_READS = {"read": Read, "turns": TurnsRead}
 NO_SCOPE = Scope()
 NO_BODY: dict[str, Any] = {}
 
@@ -46,6 +50,9 @@ def instrument(**arguments: Any) -> None:
             return
         recorder = Recorder(settings)
         _patch()
+        patch_sockets()
+        if settings.threads:
+            executors.install_threads()
         recording.activate(recorder)
         recorder.start()
 
@@ -55,6 +62,9 @@ def uninstrument() -> None:
     with _lock:
         recorder = recording.active
         _unpatch()
+        unpatch_sockets()
+        if recorder is not None and recorder.settings.threads:
+            executors.uninstall_threads()
         recording.activate(None)
     if recorder is not None:
         recorder.stop()
@@ -144,14 +154,16 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
         endpoint = endpoint_of(options.method, options.url)
         if endpoint is None:
             return None, args, kwargs
-        if endpoint.reads:
-            return Read(recorder, endpoint), args, kwargs
+        read = _READS.get(endpoint.kind)
+        if read is not None:
+            return read(recorder, endpoint), args, kwargs
         scope = current_scope() or NO_SCOPE
         key = scope.key or recorder.key_outside()
         body = options.json_data
         if type(body) is not dict:
             body = NO_BODY
-        call = Call(recorder, endpoint, scope, key, _host_of(client, options.url), body.get("model"))
+        kind = SessionCall if endpoint.kind == "session" else Call
+        call = kind(recorder, endpoint, scope, key, _host_of(client, options.url), body.get("model"))
         if recorder.settings.capture_query and call.query is None:
             call.query = _query_of(body)
         # Where only the body says stream, the SDK hands out its text as it came: nothing in there could be hidden.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
 
@@ -101,6 +101,8 @@ class Recorder:
         """Gives the next message's number."""
         self._lock = threading.Lock()
         self._sites: set[str] = set()
+        self._turns: dict[object, None] = {}
+        """Turns of agents' sessions that were recorded, the last ones: a stream of events may be read many times."""
         self._said_failing = False
         self._said_lost = False
 
@@ -110,8 +112,8 @@ class Recorder:
     def start(self) -> None:
         """Start delivering."""
         for path, message in self.deferred.overdue():
-            if self.record(message):
-                path.unlink(missing_ok=True)
+            if message is None or self.record(message):
+                self.deferred.drop(path)
         self.pump.start()
         self.pump.wake()  # what an earlier process left
 
@@ -166,6 +168,18 @@ class Recorder:
         message = self.deferred.completed(reading.response_id, reading)
         if message is not None and self.record(message):
             self.deferred.forget(reading.response_id)
+
+    def settle_turn(self, turn: Mapping[str, Any]) -> None:
+        """A turn of an agent's session was read: if it is at its end, and the session is one of ours, record it."""
+        turn_id, session_id = turn.get("id"), turn.get("session_id")
+        if turn.get("status") not in ("completed", "failed", "cancelled") or turn_id in self._turns:
+            return
+        message = self.deferred.turn(str(session_id), turn)
+        if message is not None and self.record(message):
+            self.deferred.turned(str(session_id))
+            self._turns[turn_id] = None
+            if len(self._turns) > 10_000:
+                del self._turns[next(iter(self._turns))]
 
     def key_outside(self) -> str | None:
         """The key of a call whose scope has none.

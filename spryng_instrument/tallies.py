@@ -118,7 +118,7 @@ class ResponseTally(EventTally):
     __slots__ = ()
 
     plain_field = "item_id"  # the deltas, of which most of these streams consist
-    last_events = ("response.completed", "response.incomplete", "response.failed")
+    last_events: tuple[str, ...] = ("response.completed", "response.incomplete", "response.failed")
 
     def _answer(self, fields: Mapping[str, Any]) -> Any:
         return fields.get("response")
@@ -142,6 +142,20 @@ class RunTally(EventTally):
             self.complete = fields.get("status") in ("completed", "incomplete", "failed", "cancelled", "expired")
             self.told_all = self.complete
         return kind == "thread.message.delta"
+
+
+class SessionTally(EventTally):
+    """The streams of agents' sessions: the first event has the session, and the turns are read elsewhere."""
+
+    __slots__ = ()
+
+    last_events = ("agent.session.created",)
+
+    def _answer(self, fields: Mapping[str, Any]) -> Any:
+        return fields.get("session")
+
+    def reading(self) -> Reading:
+        return msgspec.structs.replace(super().reading(), usage=None)
 
 
 def _is_token(choice: Mapping[str, Any]) -> bool:

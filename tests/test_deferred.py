@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from typing import Any
 
 import openai
@@ -14,7 +15,8 @@ import pytest
 
 import spryng_instrument
 from spryng_instrument import deferred, usage_context
-from spryng_instrument.message import Usage
+from spryng_instrument import recorder as recording
+from spryng_instrument.message import Message, Usage, new_id
 from spryng_instrument.usage import Reading
 from tests import shapes
 from tests.shapes import MODES, client_of, running, settle, sse
@@ -317,3 +319,76 @@ def test_damaged_files_are_left_alone(tmp_path):
     assert store.completed("resp_1", Reading(response_id="resp_1", usage=READ)) is None
     assert list(store.overdue(-1)) == []
     assert store.count == 1
+
+
+def turn(number: int, status: str = "completed", **more: Any) -> dict[str, Any]:
+    return {"id": f"turn_{number}", "object": "agent.session.turn", "session_id": "sess_1", "status": status,
+            "agent_id": "agent_1", "created_at": 1_800_000_000 + number, "usage": USAGE, **more}  # fmt: skip
+
+
+def turn_event(number: int, kind: str = "completed") -> dict[str, Any]:
+    ended = turn(number, kind, usage=None)
+    return {"type": f"agent.session.turn.{kind}", "event_id": f"e{number}", "session_id": "sess_1",
+            "turn_id": ended["id"], "turn": ended, "usage": USAGE}  # fmt: skip
+
+
+SESSION = {
+    "id": "sess_1",
+    "object": "agent.session",
+    "status": "in_progress",
+    "usage": None,
+    "agent": {"model": "gpt-5"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_turn_of_an_agent_is_a_message(mode, instrument):
+    """Each turn is one message of whoever created the session, seen in a stream, a list or alone, and however often."""
+    if not hasattr(openai.OpenAI(api_key="x").beta, "agents"):
+        pytest.skip(f"openai {openai.__version__} has no agents")
+    ledger = instrument()
+    created = {"type": "agent.session.created", "event_id": "e0", "session": SESSION}
+    answers = replies(
+        [created, {"type": "agent.session.turn.created", "turn": turn(1, "queued")}, turn_event(1)],
+        [turn_event(1), turn_event(2), turn_event(3, "failed")],
+        {"object": "list", "data": [turn(1), turn(2), turn(4, "in_progress"), turn(5)]},
+        turn(5),
+        {**SESSION, "usage": {"input_tokens": 999, "output_tokens": 999, "total_tokens": 1998}},
+    )
+
+    async def act() -> None:
+        async with client_of(mode, base_url=BASE_URL, transport=answers) as client:
+            sessions = client.beta.agents.sessions
+            with usage_context("acme"):
+                stream = await settle(
+                    sessions.create(agent_id="agent_1", environment={"type": "none"}, input="hi", stream=True)
+                )
+                await drained(stream)
+            with usage_context("the reader"):
+                await drained(await settle(sessions.events.stream("sess_1")))
+                await settle(sessions.turns.list("sess_1"))
+                await settle(sessions.turns.retrieve("turn_5", session_id="sess_1"))
+                await settle(sessions.retrieve("sess_1"))
+
+    running(mode)(act())
+    turns = {message.response_id: message for message in ledger.messages()}
+    assert sorted(turns) == ["turn_1", "turn_2", "turn_3", "turn_5"]
+    assert len({message.id for message in turns.values()}) == 4
+    for name, message in turns.items():
+        assert (message.key, message.operation, message.usage) == ("acme", "agents.turns", READ)
+        assert message.status == ("error" if name == "turn_3" else "ok")
+
+
+def test_turns_read_by_another_process_are_the_same(instrument):
+    """Two processes that see a turn end make the same message: a duplicate for the ledger, no conflict."""
+    ledger = instrument()
+    recorder = recording.active
+    session = Message(new_id(), datetime.now(timezone.utc), "agents.sessions", key="acme", response_id="sess_1")
+    recorder.defer(session)
+    recorder.settle_turn(turn(1))
+    recorder._turns.clear()  # as another process would begin
+    recorder.settle_turn(turn(1))
+    assert ledger.message().key == "acme"
+    assert not (ledger.journal / "set-aside").exists()
+    # A session of which a turn was recorded owes nothing when its time is over.
+    assert [owed for _, owed in recorder.deferred.overdue(-1)] == [None]

@@ -250,7 +250,7 @@ def test_paths(method, url, operation, reads):
     """A request is told by the end of its path, whatever a gateway has put before it."""
     endpoint = endpoint_of(method, url)
     assert endpoint is not None
-    assert (endpoint.operation, endpoint.reads) == (operation, reads)
+    assert (endpoint.operation, endpoint.kind) == (operation, "read" if reads else "call")
 
 
 @pytest.mark.parametrize(

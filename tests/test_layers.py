@@ -17,6 +17,7 @@ CAPTURE = [
     "settings",
     "checks",
     "context",
+    "integrations",
     "usage",
     "tallies",
     "endpoints",
@@ -28,6 +29,9 @@ CAPTURE = [
     "streams",
     "bodies",
     "observe",
+    "agents",
+    "sockets",
+    "surface",
     "patch",
 ]
 READING = ["errors", "message", "settings", "journal", "store", "pump", "prices", "reports", "cli"]
