@@ -10,7 +10,7 @@ import ast
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Operation(NamedTuple):
 
 def uncounted() -> list[Operation]:
     """Operations of the installed SDK whose answers can carry usage, and that are neither counted nor left out."""
-    return [operation for operation in operations() if not _is_known(operation.name)]
+    return _carrying_usage(but=_is_known)
 
 
 def _is_known(name: str) -> bool:
@@ -46,6 +46,10 @@ def _is_known(name: str) -> bool:
 
 def operations() -> list[Operation]:
     """Every operation of the installed SDK whose answer can carry usage."""
+    return _carrying_usage(but=lambda name: False)
+
+
+def _carrying_usage(*, but: Callable[[str], bool]) -> list[Operation]:
     import openai
 
     root = Path(str(openai.__file__)).parent
@@ -56,7 +60,7 @@ def operations() -> list[Operation]:
         for owner in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
             for method in [node for node in owner.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
                 for name, types in _requests(method, module_name):
-                    if name in found:
+                    if name in found or but(name):
                         continue
                     if any(_carries_usage(value, set()) for value in _values(types, import_module(module_name))):
                         where = f"{file.relative_to(root)}: {owner.name}.{method.name}"

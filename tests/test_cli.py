@@ -30,6 +30,7 @@ from click.testing import CliRunner, Result
 
 from spryng_instrument import prices
 from spryng_instrument.cli.commands import commands
+from spryng_instrument.deferred import Deferred
 from spryng_instrument.journal import Journal
 from spryng_instrument.message import Message, Usage, encode, new_id
 from spryng_instrument.prices import Source
@@ -668,6 +669,23 @@ def test_doctor_finds_an_unwritable_journal(here: Path) -> None:
     assert code == 3
     assert "cannot be written" in found["problems"][0]
     assert "SPRYNG_JOURNAL" in found["problems"][0]
+
+
+def test_doctor_names_what_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SDK that can do more than this version knows is named, with what to do; it is no failure of the check."""
+    monkeypatch.setattr("spryng_instrument.surface._is_known", lambda name: name != "POST /embeddings")
+    code, found = examined()
+    assert code == 0
+    assert found["uncounted"] == ["POST /embeddings"]
+    assert any("POST /embeddings" in warning and "pip install -U" in warning for warning in found["warnings"])
+
+
+def test_doctor_shows_what_is_begun_and_not_read() -> None:
+    """Calls whose usage comes with a later read are shown until somebody reads it."""
+    message = Message(new_id(), NOON, "responses", key="acme", response_id="resp_1")
+    Deferred(Path(".spryng/usage.db.journal")).keep("resp_1", message)
+    assert examined()[1]["deferred"] == 1
+    assert "1 begun in the background" in spryng("doctor").stdout
 
 
 def test_doctor_finds_a_missing_seam(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ CAPTURE = [
     "surface",
     "patch",
 ]
-READING = ["errors", "message", "settings", "journal", "store", "pump", "prices", "reports", "cli"]
+READING = ["errors", "message", "settings", "journal", "deferred", "store", "pump", "prices", "reports", "cli"]
 
 
 def imports_of(path: Path) -> set[str]:

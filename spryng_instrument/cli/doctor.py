@@ -9,6 +9,7 @@ import os
 import platform
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ import msgspec
 from spryng_instrument import __version__
 from spryng_instrument.cli.ledger import deliver_waiting, open_ledger
 from spryng_instrument.cli.tables import many, printable
+from spryng_instrument.deferred import Deferred
 from spryng_instrument.errors import StoreError
 from spryng_instrument.journal import SUFFIX, aside_lines, count_lines
 from spryng_instrument.message import decode
@@ -50,6 +52,10 @@ class Examination:
     """Messages in the ledger."""
     waiting: int = 0
     """Messages in the journal."""
+    deferred: int = 0
+    """Calls whose usage comes with a later read of what they began: background responses, runs, batches."""
+    uncounted: list[str] = field(default_factory=list)
+    """Operations of the installed SDK that carry usage and are not known to this version."""
     lost: dict[str, int] = field(default_factory=dict)
     """Numbers that a process has given and that are nowhere, by process."""
     set_aside: dict[str, int] = field(default_factory=dict)
@@ -82,6 +88,8 @@ class Examination:
             "recorded": self.recorded,
             "delivered": self.delivered,
             "waiting": self.waiting,
+            "deferred": self.deferred,
+            "uncounted": self.uncounted,
             "lost": self.lost,
             "set_aside": self.set_aside,
             "unattributed": [{"call_site": site, "messages": count} for site, count in self.unattributed],
@@ -101,6 +109,7 @@ class Examination:
             [
                 f"{self.recorded:,} recorded = {self.delivered:,} delivered + {self.waiting:,} waiting + {lost:,} lost",
                 f"{sum(self.set_aside.values()):,} set aside",
+                f"{self.deferred:,} begun in the background, and not read since",
             ],
         )
         _facts("no key", _listed(self.unattributed))
@@ -120,6 +129,12 @@ def examine(settings: Settings) -> Examination:
                 f"this openai has no {name}: calls through it are not recorded. Upgrade spryng-instrument, or install "
                 "an openai that it knows"
             )
+    examination.uncounted = _uncounted()
+    if examination.uncounted:
+        examination.warnings.append(
+            "this openai can do what is not counted: " + ", ".join(examination.uncounted) + ". A newer version may: "
+            "pip install -U spryng-instrument"
+        )
     left = deliver_waiting(settings)
     _examine_journal(examination, left)
     _examine_ledger(examination)
@@ -137,6 +152,7 @@ def _examine_journal(examination: Examination, left: str | None) -> None:
     try:
         examination.waiting = count_lines(folder)
         examination.set_aside = aside_lines(folder)
+        examination.deferred = Deferred(folder).count
     except OSError as exc:
         problems.append(f"{exc.filename} cannot be read: {exc.strerror}. Run this as the user that recorded")
         return
@@ -271,6 +287,18 @@ def _seams() -> dict[str, bool]:
         return dict(patch.seams())
     except ImportError as exc:
         return {f"openai ({exc})": False}
+
+
+def _uncounted() -> list[str]:
+    """What the installed SDK can do, and this version does not count."""
+    from spryng_instrument import surface
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the SDK's own modules, as they are loaded
+        try:
+            return [operation.name for operation in surface.uncounted()]
+        except ImportError:
+            return []
 
 
 def _facts(title: str, lines: list[str]) -> None:
