@@ -84,6 +84,7 @@ NOT_COUNTED: dict[str, str] = {
     "POST /evals/{}/runs": "evaluations run at OpenAI, and report a table per model",
     "GET /evals/{}/runs": "evaluations run at OpenAI, and report a table per model",
     "GET /evals/{}/runs/{}": "evaluations run at OpenAI, and report a table per model",
+    "POST /evals/{}/runs/{}": "cancels one, in older SDKs",
     "POST /evals/{}/runs/{}/cancel": "evaluations run at OpenAI, and report a table per model",
     "GET /evals/{}/runs/{}/output_items": "samples of an evaluation",
     "GET /evals/{}/runs/{}/output_items/{}": "a sample of an evaluation",

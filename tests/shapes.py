@@ -482,7 +482,7 @@ def serving(*answers: Any) -> tuple[Any, list[Any]]:
 
     def answer(request: Any) -> Any:
         is_json = "json" in request.headers.get("content-type", "")
-        asked.append(json.loads(request.content) if is_json else request.read())
+        asked.append(json.loads(request.content) if is_json and request.content else request.read())
         given = answers[min(len(asked), len(answers)) - 1]
         if isinstance(given, BaseException):
             raise given
