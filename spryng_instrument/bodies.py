@@ -14,69 +14,109 @@ if TYPE_CHECKING:
 
 def watch_body(call: Call, response: Any) -> None:
     """Look at a body as the caller reads it: as server-sent events, or whole at its end."""
+    tap = _Tap(call, response)
     is_async = not hasattr(response.stream, "__iter__")
-    events = SseLines() if "event-stream" in response.headers.get("content-type", "") else None
-    body: list[bytes] = []
-    reading = False
+    prefix = "a" if is_async else ""
+    for name, decoded in ((f"{prefix}iter_bytes", True), (f"{prefix}iter_raw", False)):
+        setattr(response, name, tap.tapped(getattr(response, name), is_async, decoded))
+    hook_close(call, response, f"{prefix}close", lambda: tap.reading)
 
-    def see(content: bytes) -> None:
-        if events is None:
-            body.append(content)
-            return
-        for event in events.feed(content):
-            call.see(event)
-        if events.done:
-            call.whole()
 
-    def end() -> None:
-        if events is None:
-            call.plain(b"".join(body))
-        else:
-            call.ended()
+class _Tap:
+    """What was seen of one body."""
 
-    def guarded(act: Callable[..., None], *args: bytes) -> None:
+    def __init__(self, call: Call, response: Any) -> None:
+        self.reading = False
+        """Whether a part is being waited for. The response may close itself then: that is not the caller's doing."""
+        self._call = call
+        self._response = response
+        self._events = SseLines() if "event-stream" in response.headers.get("content-type", "") else None
+        self._body: list[bytes] = []
+
+    def tapped(self, read: Callable[..., Any], is_async: bool, decoded: bool) -> Callable[..., Any]:
+        """*read*, one of the response's own iterators, with a look at each part that it gives."""
+
+        def reading(*args: Any, **kwargs: Any) -> Any:
+            parts = read(*args, **kwargs)
+            if self.reading:
+                return parts  # the raw bytes that our other iterator reads
+            decoder = None if decoded else self._decoder()
+            return self._async_steps(parts, decoder) if is_async else self._steps(parts, decoder)
+
+        return reading
+
+    def _decoder(self) -> Any:
+        """What undoes the body's content-encoding. A new one: the response's own keeps what it has seen."""
+        response = self._response
+        kept = response.__dict__.pop("_decoder", None)
         try:
-            act(*args)
+            return response._get_content_decoder()
         except Exception:
-            call._recorder.bug("reading a body")
+            self._call._recorder.bug("decoding a raw body")
+            return None
+        finally:
+            response.__dict__.pop("_decoder", None)
+            if kept is not None:
+                response._decoder = kept
 
-    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
-        nonlocal reading
-        parts = original(chunk_size)
+    def _steps(self, parts: Iterator[bytes], decoder: Any) -> Iterator[bytes]:
         while True:
-            reading = True
+            self.reading = True
             try:
                 part = next(parts)
             except StopIteration:
-                guarded(end)
+                self._guarded(self._end, decoder)
                 return
             except BaseException as exc:
-                call.failed(exc)
+                self._call.failed(exc)
                 raise
             finally:
-                reading = False
-            guarded(see, part)
+                self.reading = False
+            self._guarded(self._see, part, decoder)
             yield part
 
-    async def aiter_bytes(chunk_size: int | None = None) -> AsyncIterator[bytes]:
-        nonlocal reading
-        parts = original(chunk_size)
+    async def _async_steps(self, parts: AsyncIterator[bytes], decoder: Any) -> AsyncIterator[bytes]:
         while True:
-            reading = True
+            self.reading = True
             try:
                 part = await parts.__anext__()
             except StopAsyncIteration:
-                guarded(end)
+                self._guarded(self._end, decoder)
                 return
             except BaseException as exc:
-                call.failed(exc)
+                self._call.failed(exc)
                 raise
             finally:
-                reading = False
-            guarded(see, part)
+                self.reading = False
+            self._guarded(self._see, part, decoder)
             yield part
 
-    name = "aiter_bytes" if is_async else "iter_bytes"
-    original = getattr(response, name)
-    setattr(response, name, aiter_bytes if is_async else iter_bytes)
-    hook_close(call, response, "aclose" if is_async else "close", lambda: reading)
+    def _see(self, part: bytes, decoder: Any) -> None:
+        if decoder is not None:
+            part = _joined(decoder.decode(part))
+        if self._events is None:
+            self._body.append(part)
+            return
+        for event in self._events.feed(part):
+            self._call.see(event)
+        if self._events.done:
+            self._call.whole()
+
+    def _end(self, decoder: Any) -> None:
+        if decoder is not None:
+            self._see(_joined(decoder.flush()), None)
+        if self._events is None:
+            self._call.plain(b"".join(self._body))
+        else:
+            self._call.ended()
+
+    def _guarded(self, act: Callable[..., None], *args: Any) -> None:
+        try:
+            act(*args)
+        except Exception:
+            self._call._recorder.bug("reading a body")
+
+
+def _joined(decoded: Any) -> bytes:
+    """What a decoder gives: bytes, or their parts in newer releases of httpx2."""
+    return decoded if isinstance(decoded, bytes) else b"".join(decoded)
