@@ -108,7 +108,7 @@ import sys, pytest
 before = set(sys.modules)
 import spryng_instrument.pytest_plugin
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert loaded == {"spryng_instrument"}, loaded
+assert loaded <= {"spryng_instrument", "contextvars", "_contextvars"}, loaded
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
