@@ -21,8 +21,9 @@ from spryng_instrument.errors import MissingKeyError
 from spryng_instrument.integrations import executors
 from spryng_instrument.observe import Call, Read
 from spryng_instrument.recorder import Recorder
+from spryng_instrument.seams import unwrap, wrap
 from spryng_instrument.settings import Settings, differences, resolve
-from spryng_instrument.sockets import patch_sockets, unpatch_sockets
+from spryng_instrument.sockets import patch_sockets
 
 log = logging.getLogger("spryng_instrument")
 
@@ -35,7 +36,6 @@ NO_SCOPE = Scope()
 NO_BODY: dict[str, Any] = {}
 
 _lock = threading.Lock()
-_patched: dict[Any, Any] = {}
 _refusing: set[str] = set()
 """Hosts that rejected stream_options: they are not asked again."""
 _hosts: dict[int, tuple[object, str]] = {}
@@ -50,7 +50,6 @@ def instrument(**arguments: Any) -> None:
             return
         recorder = Recorder(settings)
         _patch()
-        patch_sockets()
         if settings.threads:
             executors.install_threads()
         recording.activate(recorder)
@@ -61,8 +60,7 @@ def uninstrument() -> None:
     """Put the SDK back as it was, and deliver what can be. Harmless where instrument() was not called."""
     with _lock:
         recorder = recording.active
-        _unpatch()
-        unpatch_sockets()
+        unwrap()
         if recorder is not None and recorder.settings.threads:
             executors.uninstall_threads()
         recording.activate(None)
@@ -86,24 +84,12 @@ def _say_differences(first: Settings, other: Settings, arguments: Mapping[str, A
 
 def _patch() -> None:
     import openai._base_client as base
-    import wrapt
-
-    owner: Any
 
     for name, wrapper in zip(SEAMS, (_sync_request, _async_request), strict=True):
         owner = getattr(base, name, None)
-        original = vars(owner).get("request") if owner is not None else None
-        if original is None:
+        if owner is None or not wrap(owner, "request", wrapper):
             log.error("this openai has no %s.request: calls through it go on, but are not recorded", name)
-            continue
-        _patched[owner] = original
-        owner.request = wrapt.FunctionWrapper(original, wrapper)
-
-
-def _unpatch() -> None:
-    while _patched:
-        owner, original = _patched.popitem()
-        owner.request = original
+    patch_sockets()
 
 
 def _sync_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,8 +136,8 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
     if recorder is None:
         return None, args, kwargs
     try:
-        options = args[1] if len(args) > 1 else kwargs["options"]
-        endpoint = endpoint_of(options.method, options.url)
+        options: Any = args[1] if len(args) > 1 else kwargs.get("options")
+        endpoint = None if options is None else endpoint_of(options.method, options.url)
         if endpoint is None:
             return None, args, kwargs
         read = _READS.get(endpoint.kind)

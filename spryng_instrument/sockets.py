@@ -18,6 +18,7 @@ from spryng_instrument.endpoints import Endpoint
 from spryng_instrument.errors import MissingKeyError
 from spryng_instrument.observe import Call
 from spryng_instrument.recorder import Recorder
+from spryng_instrument.seams import wrap
 from spryng_instrument.tallies import EventTally, ResponseTally
 from spryng_instrument.usage import fields_of, read_reply
 
@@ -50,7 +51,6 @@ CONNECTIONS: dict[str, Endpoint] = {
 """The modules whose connections are watched, and what their responses are."""
 
 _NO_SCOPE = Scope()
-_patched: dict[Any, Any] = {}
 _hooked: set[str] = set()
 
 
@@ -64,25 +64,15 @@ def patch_sockets() -> None:
             wrapt.register_post_import_hook(_imported, name)
 
 
-def unpatch_sockets() -> None:
-    """Put the connections' own methods back."""
-    while _patched:
-        owner, original = _patched.popitem()
-        owner.parse_event = original
-
-
 def _imported(module: Any) -> None:
     if recording.active is not None:
         _patch_module(module)
 
 
 def _patch_module(module: Any) -> None:
-    endpoint = CONNECTIONS[module.__name__]
     for owner in list(vars(module).values()):
-        original = vars(owner).get("parse_event") if isinstance(owner, type) else None
-        if original is not None and owner.__module__ == module.__name__ and owner not in _patched:
-            _patched[owner] = original
-            owner.parse_event = wrapt.FunctionWrapper(original, _watching(endpoint))
+        if isinstance(owner, type) and owner.__module__ == module.__name__ and "parse_event" in vars(owner):
+            wrap(owner, "parse_event", _watching(CONNECTIONS[module.__name__]))
 
 
 def _watching(endpoint: Endpoint) -> Any:

@@ -30,6 +30,7 @@ CAPTURE = [
     "bodies",
     "observe",
     "agents",
+    "seams",
     "sockets",
     "surface",
     "patch",
