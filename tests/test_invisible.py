@@ -119,7 +119,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     "partial of request": lambda: functools.partial(client().request, 1).args,
     "autospec": called_autospec,
     "autospec of a method": lambda: str(inspect.signature(mock.create_autospec(Completions.create))),
-    "weak method": lambda: weakref.WeakMethod((one := client()).chat.completions.create)() == one.chat.completions.create,
+    "weak method": lambda: weakref.WeakMethod(create := client().chat.completions.create)() == create,
     "subclass": lambda: seen(client(Loud).chat.completions.create(**CHAT)),
     "subclass's own": lambda: Loud.request.__qualname__,
     "exception": lambda: seen(failing()),
