@@ -42,11 +42,14 @@ class Deferred:
         self.folder = journal / FOLDER
 
     def keep(self, answer_id: str, message: Message) -> None:
-        """Keep *message* until the answer of that id is read. Raises OSError if the disk does not take it."""
+        """Keep *message*, on the disk, until the answer of that id is read. Raises OSError if the disk takes none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(answer_id)
         hidden = path.with_suffix(f".{os.getpid()}.new")
-        hidden.write_bytes(encode(message))
+        with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(encode(message))
+            file.flush()
+            os.fdatasync(file.fileno())  # no beat comes after it, as with the journal; and such calls are rare
         os.replace(hidden, path)
 
     def completed(self, answer_id: str, reading: Reading) -> Message | None:

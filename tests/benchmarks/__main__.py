@@ -1,7 +1,7 @@
 """What instrument() adds to a call, to a chunk and to an import, beside the least that any instrumentation adds.
 
     python -m tests.benchmarks            # all
-    python -m tests.benchmarks call chunk import memory
+    python -m tests.benchmarks call chunk paths import memory
 
 Every figure is CPU time of the calling thread, the SDK's transport stubbed, everything in one process; variants take
 turns call by call, so that what disturbs one disturbs all, and the median over rounds is shown. Trust the ratios.
@@ -221,6 +221,64 @@ def bench_chunk() -> None:
     loop.close()
 
 
+def bench_paths() -> None:
+    """What a chunk costs on each way that it can take, the SDK's own work on it included in "bare"."""
+    from openai.types.responses import ResponseTextDeltaEvent
+
+    client = openai.OpenAI(api_key="x", http_client=http.Client(transport=http.MockTransport(answer)))
+    completions = client.chat.completions
+    delta = ResponseTextDeltaEvent.model_construct(type="response.output_text.delta", item_id="i", delta="word ")
+    events = [{"type": "image_generation.partial_image", "b64_json": "aGk=", "partial_image_index": 0}] * CHUNKS
+
+    def whole(read: Any) -> Any:
+        def measure() -> float:
+            started = time.thread_time_ns()
+            read()
+            return (time.thread_time_ns() - started) / 1e3 / CHUNKS
+
+        return measure
+
+    def swapped(make: Any, chunks: list[Any]) -> Any:
+        def measure() -> float:
+            stream = make()
+            swap(stream, iter(chunks))
+            started = time.thread_time_ns()
+            for _ in stream:
+                pass
+            took = time.thread_time_ns() - started
+            stream.response.close()
+            return took / 1e3 / len(chunks)
+
+        return measure
+
+    def raw(name: str, **options: Any) -> Any:
+        def read() -> None:
+            with completions.with_streaming_response.create(**ASK, stream=True) as response:
+                for _ in getattr(response, name)(**options):
+                    pass
+
+        return read
+
+    def helper() -> None:
+        with completions.stream(**ASK) as stream:
+            for _ in stream:
+                pass
+
+    ask = {"model": "gpt-4o-mini", "input": "hello", "stream": True}
+    paths = {
+        "stream, SDK included": whole(lambda: [None for _ in completions.create(**ASK, stream=True)]),
+        ".stream() helper": whole(helper),
+        "raw, iter_bytes": whole(raw("iter_bytes")),
+        "raw, iter_lines": whole(raw("iter_lines")),
+        "responses, deltas": swapped(lambda: client.responses.create(**ask), [delta] * CHUNKS),
+        "every chunk looked at": swapped(lambda: client.images.generate(prompt="x", stream=True), events),
+    }
+    with instrumented() as ours:
+        for name, measure in paths.items():
+            took = rounds(measure, {"bare": BARE, "ours": ours}, ROUNDS // 6, 4)
+            print(f"path {name:22}: bare {took['bare']:8.3f} us a chunk, ours +{took['ours']:.3f} us")
+
+
 def swap(stream: Any, chunks: Any) -> None:
     """Have a stream, observed or not, take its chunks from *chunks*."""
     observer = stream._iterator
@@ -275,5 +333,5 @@ with instrumented() as ours:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("call", "chunk", "import", "memory"):
-        {"call": bench_call, "chunk": bench_chunk, "import": bench_import, "memory": bench_memory}[name]()
+    for name in sys.argv[1:] or ("call", "chunk", "paths", "import", "memory"):
+        globals()[f"bench_{name}"]()
