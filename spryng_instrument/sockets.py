@@ -15,7 +15,6 @@ import wrapt
 from spryng_instrument import recorder as recording
 from spryng_instrument.context import Scope, current_scope
 from spryng_instrument.endpoints import Endpoint
-from spryng_instrument.errors import MissingKeyError
 from spryng_instrument.observe import Call
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.seams import wrap
@@ -87,8 +86,6 @@ def _watching(endpoint: Endpoint) -> Any:
                 if known is None or known.recorder is not recorder:
                     known = watched[connection] = _Connection(recorder, endpoint)
                 known.see(event)
-            except MissingKeyError:
-                pass  # it is answered and paid for: nothing is left to refuse
             except Exception:
                 recorder.bug("reading an event of a connection")
         return event
@@ -138,7 +135,7 @@ class _Connection:
 
     def _begin(self, endpoint: Endpoint) -> Call:
         scope = current_scope() or _NO_SCOPE
-        key = scope.key or self.recorder.settings.default_key
+        key = scope.key or self.recorder.settings.default_key  # too late to refuse it: it is answered and paid for
         return Call(self.recorder, endpoint, scope, key, None, self._model)
 
     def _open(self) -> Call:
