@@ -230,6 +230,17 @@ def test_reads_of_what_we_did_not_see_begin(instrument):
     assert ledger.messages() == []
 
 
+def begun_for_acme() -> None:
+    """A background response is asked for."""
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
+            with usage_context("acme"):
+                await begin_response(client)
+
+    shapes.run(act())
+
+
 READER = """
 import asyncio, json, sys
 import spryng_instrument
@@ -252,13 +263,7 @@ shapes.run(act())
 def test_other_processes_complete_it(instrument):
     """Four processes read the finished answer of a fifth at once: one message."""
     ledger = instrument()
-
-    async def act() -> None:
-        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
-            with usage_context("acme"):
-                await begin_response(client)
-
-    shapes.run(act())
+    begun_for_acme()
     readers = [
         subprocess.Popen([sys.executable, "-c", READER, ledger.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                          text=True)
@@ -281,13 +286,7 @@ def test_other_processes_complete_it(instrument):
 def test_never_read(instrument):
     """An answer that nobody reads for a week is a message without usage: it was asked for, and is not forgotten."""
     ledger = instrument()
-
-    async def act() -> None:
-        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
-            with usage_context("acme"):
-                await begin_response(client)
-
-    shapes.run(act())
+    begun_for_acme()
     spryng_instrument.uninstrument()
     [waiting] = (ledger.journal / deferred.FOLDER).iterdir()
     instrument()
@@ -306,13 +305,7 @@ def test_a_disk_that_takes_nothing(instrument, monkeypatch):
     """Where the wait cannot be kept, the message is recorded without usage rather than not at all."""
     ledger = instrument()
     (ledger.journal / deferred.FOLDER).write_text("in the way")
-
-    async def act() -> None:
-        async with client_of("sync", base_url=BASE_URL, transport=replies(response("queued"))) as client:
-            with usage_context("acme"):
-                await begin_response(client)
-
-    shapes.run(act())
+    begun_for_acme()
     message = ledger.message()
     assert (message.key, message.usage, message.response_id) == ("acme", None, "resp_1")
 
