@@ -8,7 +8,7 @@ Whatever happens in here, the caller sees what it would have seen: a bug of ours
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from time import perf_counter, time_ns
 from typing import Any
@@ -87,7 +87,9 @@ class Call:
                 return _plain(self, self._answer)  # cut off, or of another type than wanted: answered and paid for
             status: Status = "error" if isinstance(exc, Exception) else "cancelled"
             http_status = getattr(exc, "status_code", None)
-            self._request_id = getattr(exc, "request_id", None) or self._request_id
+            headers = getattr(exc.__dict__.get("response"), "headers", None)
+            if isinstance(headers, Mapping):  # older SDKs have no exc.request_id
+                self._request_id = headers.get("x-request-id") or self._request_id
             request = exc.__dict__.get("request")  # httpx's own property of that name raises where there is none
             if request is not None:
                 self._retries = _retries_of(request)

@@ -181,10 +181,15 @@ def forget_usage(chunk: Any) -> None:
     """Have a chunk look as if nobody had asked for usage: its `"usage": null` is our doing, not the caller's."""
     if fields_of(chunk).get("usage", 0) is not None:
         return
+    extra = chunk if type(chunk) is dict else getattr(chunk, "__pydantic_extra__", None)
+    if extra:  # an SDK whose chunks have no such field keeps it here, or with pydantic 1 among the fields
+        extra.pop("usage", None)
     for name in ("__pydantic_fields_set__", "__fields_set__"):  # pydantic 2, pydantic 1
         fields_set = getattr(chunk, name, None)
         if type(fields_set) is set:
             fields_set.discard("usage")
+            if name == "__fields_set__" and "usage" not in type(chunk).__fields__:
+                chunk.__dict__.pop("usage", None)
             return
 
 

@@ -11,12 +11,15 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, Dict  # noqa: UP035 - the SDK on Python 3.10 takes no dict[...]
 
 import openai
 import openai._base_client as base
 import pydantic
+import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -25,13 +28,60 @@ from spryng_instrument.message import Message, Usage
 http: Any = vars(base).get("httpx") or vars(base)["httpx2"]
 """The httpx family of the installed SDK."""
 
+
+def _works(call: Callable[[openai.OpenAI], object], answer: bytes = b"{}") -> bool:
+    headers = {"content-type": "application/json"}
+    transport = http.MockTransport(lambda request: http.Response(200, headers=headers, content=answer))
+    with openai.OpenAI(api_key="practice", http_client=http.Client(transport=transport, trust_env=False)) as client:
+        try:
+            call(client)
+        except (TypeError, RuntimeError, StopIteration):
+            return False
+        return True
+
+
+_Chat, _Embeddings, _raw = openai.resources.chat.Completions, openai.resources.Embeddings, openai._response
+_PARSED = "parse() and stream() of chat completions"
+SDK = {
+    "responses API": find_spec("openai.resources.responses") is not None,
+    "with_streaming_response": hasattr(_Chat, "with_streaming_response"),
+    "stream_options argument": "stream_options" in inspect.signature(_Chat.create).parameters,
+    "dimensions argument": "dimensions" in inspect.signature(_Embeddings.create).parameters,
+    _PARSED: hasattr(_Chat, "parse") or hasattr(openai.resources.beta.Beta, "chat"),
+    "retries_taken": "retries_taken" in getattr(_raw, "BaseAPIResponse", _raw.APIResponse).__annotations__,
+    "cast_to=object": _works(lambda client: client.post("/any", cast_to=object)),
+    "events with a name": _works(
+        lambda client: next(client.completions.create(model="m", prompt="p", stream=True)), b"event: x\ndata: {}\n\n"
+    ),
+    "messages by generator": _works(lambda client: client.chat.completions.create(model="m", messages=(m for m in ()))),
+}
+"""What only some of the supported SDKs have, and whether the installed one does."""
+
+
+def need(feature: str) -> None:
+    """Skip a test of what the installed SDK does not have."""
+    if not SDK[feature]:
+        pytest.skip(f"openai {openai.__version__} has no {feature}")
+
+
+def argument(name: str, value: Any) -> dict[str, Any]:
+    """An argument of a call, in the way that the installed SDK takes it."""
+    return {name: value} if SDK[f"{name} argument"] else {"extra_body": {name: value}}
+
+
+ANY: Any = object if SDK["cast_to=object"] else Dict[str, Any]  # noqa: UP006
+"""The cast_to for an answer as the JSON it is."""
 MODES = ("sync", "async")
 HELLO = [{"role": "user", "content": "Say hello to the invoice."}]
 CHAT = {"model": "gpt-4o-mini", "messages": HELLO}
 CALLS: dict[str, dict[str, Any]] = {
     "chat.completions": CHAT,
     "completions": {"model": "gpt-3.5-turbo-instruct", "prompt": "Say hello to the invoice."},
-    "embeddings": {"model": "text-embedding-3-small", "input": ["one text", "and another"], "dimensions": 4},
+    "embeddings": {
+        "model": "text-embedding-3-small",
+        "input": ["one text", "and another"],
+        **argument("dimensions", 4),
+    },
     "responses": {"model": "gpt-4o-mini", "input": "Say hello to the invoice."},
 }
 SNAPSHOTS = {
@@ -86,15 +136,33 @@ async def following(stream: Any) -> Any:
     raise StopAsyncIteration
 
 
+async def close(stream: Any) -> None:
+    """Close a sync or async stream, by its response where the SDK gives it no close()."""
+    if hasattr(stream, "close"):
+        await settle(stream.close())
+    else:
+        await close_response(stream)
+
+
+async def close_response(stream: Any) -> None:
+    """Close the response of a sync or async stream."""
+    await settle(stream.response.aclose() if hasattr(stream, "__anext__") else stream.response.close())
+
+
 @asynccontextmanager
 async def within(manager: Any) -> AsyncIterator[Any]:
-    """A sync or async context manager."""
+    """A sync or async context manager; or a stream that is to be closed, where the SDK makes none of it."""
     if hasattr(manager, "__aenter__"):
         async with manager as value:
             yield value
-    else:
+    elif hasattr(manager, "__enter__"):
         with manager as value:
             yield value
+    else:
+        try:
+            yield manager
+        finally:
+            await close(manager)
 
 
 @asynccontextmanager
@@ -142,6 +210,19 @@ def elsewhere(mode: str, port: int) -> Any:
     return Elsewhere(verify=False)
 
 
+def to_dict(value: Any) -> Any:
+    """An object of the SDK as a dict, without what was not sent; a dict as it is."""
+    if isinstance(value, dict):
+        return value
+    return value.to_dict() if hasattr(value, "to_dict") else value.model_dump(exclude_unset=True)
+
+
+def to_json(value: Any) -> str:
+    """An object of the SDK as JSON, without what was not sent."""
+    show = getattr(value, "to_json", None) or partial(value.model_dump_json, indent=2, exclude_unset=True)
+    return str(show(warnings=False))
+
+
 def seen(value: Any) -> Any:
     """What a caller can tell of a reply, chunk or exception, so that two runs can be compared."""
     if isinstance(value, BaseException):
@@ -150,7 +231,7 @@ def seen(value: Any) -> Any:
         return type(value), str(value), cause, {name: getattr(value, name, None) for name in about}
     if isinstance(value, pydantic.BaseModel):
         try:
-            as_json = value.to_json(warnings=False)  # type: ignore[attr-defined]
+            as_json = to_json(value)
         except Exception as exc:  # odd replies: what cannot be shown must fail in the same way
             as_json = repr(exc)
         return (
@@ -198,7 +279,7 @@ class Shape:
 
 
 SHAPES: list[Shape] = []
-PARSED_IDS = hasattr(openai.OpenAI, "responses")  # as old as _request_id on replies
+PARSED_IDS = hasattr(openai._models, "add_request_id")
 
 
 def shape(name: str, operation: str = "chat.completions", **about: Any) -> Callable[[Any], Any]:
@@ -234,6 +315,7 @@ def _endpoint_shapes(operation: str) -> None:
         )
 
     async def reading(client: Any, read: Callable[[Any], Any], **more: Any) -> Any:
+        need("with_streaming_response")
         async with within(_resource(client, operation).with_streaming_response.create(**kwargs, **more)) as reply:
             return type(reply), reply.status_code, reply.headers["x-request-id"], await read(reply)
 
@@ -279,8 +361,8 @@ def _endpoint_shapes(operation: str) -> None:
 
         @shape(f"{short}-stream-include_usage", operation, streamed=True)
         async def stream_asked(client: Any) -> Any:
-            options = {"include_usage": True}
-            chunks = _resource(client, operation).create(**kwargs, stream=True, stream_options=options)
+            options = argument("stream_options", {"include_usage": True})
+            chunks = _resource(client, operation).create(**kwargs, stream=True, **options)
             return await seen_stream(await settle(chunks))
 
     @shape(f"{short}-raw-stream", operation, streamed=True)
@@ -295,7 +377,7 @@ def _endpoint_shapes(operation: str) -> None:
 
 
 for _operation in CALLS:
-    if _operation != "responses" or hasattr(openai.OpenAI, "responses"):
+    if _operation != "responses" or SDK["responses API"]:
         _endpoint_shapes(_operation)
 
 
@@ -315,6 +397,8 @@ def _post_shapes() -> None:
 
             @shape(f"post-{operation}-{name}", operation, request_id=request_id)
             async def post(client: Any, url: str = url, kind: Any = kind, operation: str = operation) -> Any:
+                if kind is object:
+                    need("cast_to=object")
                 url = url.replace("{base_url}", str(client.base_url))
                 reply = await settle(client.post(url, body=dict(CALLS[operation]), cast_to=kind))
                 if kind is http.Response:
@@ -325,21 +409,21 @@ def _post_shapes() -> None:
 _post_shapes()
 
 
-@shape("post-stream", streamed=True, asks=True)
-async def post_stream(client: Any) -> Any:
+async def _post_stream(client: Any, cast_to: Any) -> Any:
     kind = openai.AsyncStream if hasattr(client, "_client") and "Async" in type(client).__name__ else openai.Stream
     body = {**CHAT, "stream": True}
-    return await seen_stream(
-        await settle(
-            client.post(
-                "/chat/completions",
-                body=body,
-                cast_to=ChatCompletionChunk,
-                stream=True,
-                stream_cls=kind[ChatCompletionChunk],
-            )
-        )
-    )
+    stream = client.post("/chat/completions", body=body, cast_to=cast_to, stream=True, stream_cls=kind[cast_to])
+    return await seen_stream(await settle(stream))
+
+
+@shape("post-stream", streamed=True, asks=True)
+async def post_stream(client: Any) -> Any:
+    return await _post_stream(client, ChatCompletionChunk)
+
+
+@shape("post-stream-of-dicts", streamed=True, asks=True)
+async def post_stream_dicts(client: Any) -> Any:
+    return await _post_stream(client, ANY)
 
 
 @shape("post-stream-as-object", request_id=False, opaque=True)
@@ -372,30 +456,32 @@ async def chat_tools(client: Any) -> Any:
     return await seen_stream(await settle(stream))
 
 
-def _parsing(client: Any) -> Any:
+def parsing(client: Any) -> Any:
+    """The chat completions that have parse() and stream()."""
+    need(_PARSED)
     return client.chat.completions if hasattr(client.chat.completions, "parse") else client.beta.chat.completions
 
 
 @shape("chat-parse", request_id=PARSED_IDS)
 async def chat_parse(client: Any) -> Any:
-    return seen(await settle(_parsing(client).parse(**CHAT, response_format=Invoice)))
+    return seen(await settle(parsing(client).parse(**CHAT, response_format=Invoice)))
 
 
 @shape("chat-helper", streamed=True, asks=True)
 async def chat_helper(client: Any) -> Any:
-    async with within(_parsing(client).stream(**CHAT, response_format=Invoice)) as stream:
+    async with within(parsing(client).stream(**CHAT, response_format=Invoice)) as stream:
         events = [seen(event) async for event in each(stream)]
         return type(stream), events, seen(await settle(stream.get_final_completion()))
 
 
 @shape("chat-helper-until_done", streamed=True, asks=True)
 async def chat_helper_until_done(client: Any) -> Any:
-    async with within(_parsing(client).stream(**CHAT)) as stream:
+    async with within(parsing(client).stream(**CHAT)) as stream:
         await settle(stream.until_done())
         return seen(await settle(stream.get_final_completion()))
 
 
-if hasattr(openai.OpenAI, "responses"):
+if SDK["responses API"]:
 
     @shape("responses-parse", "responses", request_id=PARSED_IDS)
     async def responses_parse(client: Any) -> Any:

@@ -31,7 +31,7 @@ RUN_USAGE = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
 RUN_READ = Usage(input_tokens=30, output_tokens=12, total_tokens=42)
 
 needs_responses = pytest.mark.skipif(
-    not hasattr(openai.OpenAI, "responses"), reason=f"openai {openai.__version__} has no responses API"
+    not shapes.SDK["responses API"], reason=f"openai {openai.__version__} has no responses API"
 )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -130,18 +133,28 @@ def dumped(value: Any) -> bytes:
 def counts(reported: Any, way: str) -> list[Any]:
     """What may be recorded: the JSON's own counts or, where the SDK makes the object, those that it shows the caller.
 
-    It reads 1.0, "1" and true as the number 1, if no other count is odd.
+    It reads 1.0, "1" and true as the number 1, if it knows the object that they are in and no other count there is odd.
     """
 
     def shown(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: shown(item) for name, item in value.items()}
         if isinstance(value, str) and value.isdecimal():
             return int(value)
         whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
         return int(value) if whole else value
 
-    return [truth(reported)] if way in ("raw", "streaming", "object") else [truth(reported), truth(shown(reported))]
+    def ways_shown(value: Any) -> Iterator[Any]:
+        if not isinstance(value, dict):
+            yield value
+            return
+        inner = [name for name, item in value.items() if isinstance(item, dict)]
+        for items in itertools.product(*(ways_shown(value[name]) for name in inner)):
+            known = dict(zip(inner, items, strict=True))
+            yield {**value, **known}
+            yield {**{name: shown(item) for name, item in value.items()}, **known}
+
+    if way in ("raw", "streaming", "object"):
+        return [truth(reported)]
+    return [truth(usage) for usage in ways_shown(reported)]
 
 
 def string(value: Any) -> str | None:
@@ -191,10 +204,12 @@ async def seen_whole(client: Any, way: str) -> Any:
 @example(body={"logprobs": math.nan, "id": "\ud800", "model": "m", "usage": {"prompt_tokens": 3}}, mode="sync")
 def test_odd_plain_replies(way, body, mode, tmp_path_factory):
     """A whole reply of any make: the same object or exception as without us, and its counts or None."""
+    if way == "streaming":
+        shapes.need("with_streaming_response")
 
     async def act(client: Any) -> Any:
         if way == "object":
-            return seen(await settle(client.post("/chat/completions", body=dict(CHAT), cast_to=object)))
+            return seen(await settle(client.post("/chat/completions", body=dict(CHAT), cast_to=shapes.ANY)))
         return await seen_whole(client, way)
 
     folder = tmp_path_factory.getbasetemp()
@@ -207,7 +222,7 @@ def test_odd_plain_replies(way, body, mode, tmp_path_factory):
 
 
 framing = st.sampled_from(["\n", "\r\n", "\r"])
-comments = st.sampled_from(["", ": ping", "retry: 5", "id: 1", "event: message"])
+comments = st.sampled_from(["", ": ping", "retry: 5", "id: 1", *["event: message"] * shapes.SDK["events with a name"]])
 
 
 @st.composite
@@ -245,12 +260,14 @@ def named(chunks: list[Any], name: str) -> set[str | None]:
 @given(body=bodies(reply), mode=st.sampled_from(shapes.MODES))
 def test_odd_streams(way, body, mode, tmp_path_factory):
     """A stream of any make and framing, cut anywhere: the same chunks and exception, and the last usage it reports."""
+    if way == "streaming":
+        shapes.need("with_streaming_response")
     chunks, parts, _ = body
 
     async def act(client: Any) -> Any:
         kwargs: dict[str, Any] = {**CHAT, "stream": True}
         if way == "asked":
-            kwargs["stream_options"] = {"include_usage": True}
+            kwargs |= shapes.argument("stream_options", {"include_usage": True})
         got: list[Any] = []
         try:
             if way == "streaming":
@@ -329,7 +346,7 @@ event = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.skipif(not shapes.PARSED_IDS, reason="this openai has no responses API")
+@pytest.mark.skipif(not shapes.SDK["responses API"], reason=f"openai {openai.__version__} has no responses API")
 @pytest.mark.parametrize("way", ["create", "raw"])
 @EXAMPLES
 @given(body=bodies(event), mode=st.sampled_from(shapes.MODES))
@@ -377,6 +394,8 @@ def test_odd_responses_streams(way, body, mode, tmp_path_factory):
 @pytest.mark.parametrize("way", ["create", "raw", "streaming", "stream"])
 def test_no_json_at_all(way, body, content_type, tmp_path):
     """A body that is no reply gives what it gives without us, and one message without usage."""
+    if way == "streaming":
+        shapes.need("with_streaming_response")
 
     async def act(client: Any) -> Any:
         if way == "stream":

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
 
 from spryng_instrument.settings import TABLE, Settings, env_name
 from spryng_instrument.testing import PracticeServer
+from tests.shapes import SDK
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,9 +73,8 @@ def test_the_demo_prints_what_readme_shows(tmp_path: Path, server: PracticeServe
     [shown] = [text for kind, text in BLOCKS if kind == "text"]
     done = run(["spryng", "demo"], tmp_path, server)
     assert done.returncode == 0, done.stderr
-    if hasattr(openai.OpenAI, "responses"):
-        counts = re.compile(r"^(\S+ .*?)(?: +\S+)?$", re.M)  # all but the cost: prices change
-    else:
+    counts = re.compile(r"^(\S+ .*?)(?: +\S+)?$", re.M)  # all but the cost: prices change
+    if not SDK["responses API"]:
         counts = re.compile(r"^(\S+)", re.M)  # an SDK that has no responses makes other calls for the same customers
     assert counts.findall(done.stdout) == counts.findall(shown)
 

@@ -18,10 +18,15 @@ from tests.shapes import (
     CHAT,
     MODES,
     Parts,
+    argument,
     client_of,
+    close,
+    close_response,
     each,
     following,
     http,
+    need,
+    parsing,
     running,
     seen,
     seen_stream,
@@ -142,10 +147,10 @@ def test_left_at_every_chunk(exit, position, mode, instrument):
         else:
             await read()
         if exit == "close":
-            await settle(stream.close())
-            await settle(stream.close())
+            await close(stream)
+            await close(stream)
         elif exit == "response":
-            await settle(stream.response.aclose() if mode == "async" else stream.response.close())
+            await close_response(stream)
         return type(stream), got
 
     message = compared(mode, Server(*ALL), act, instrument)
@@ -219,8 +224,8 @@ def test_disconnect(after, mode, instrument):
 @pytest.mark.parametrize("fault", ["stream-error", "stream-disconnect"])
 def test_faults_of_a_real_server(fault, operation, mode, practice, instrument):
     """Over a socket too, an error event or a cut in mid-stream is one failed message, not to be billed."""
-    if operation == "responses" and not hasattr(openai.OpenAI, "responses"):
-        pytest.skip(f"openai {openai.__version__} has no responses API")
+    if operation == "responses":
+        need("responses API")
 
     async def act() -> Any:
         options = {"base_url": practice.base_url, "default_headers": {"x-practice-error": fault}}
@@ -259,6 +264,8 @@ async def _stalling(started: asyncio.Event) -> Any:
 @pytest.mark.parametrize("way", ["create", "with_streaming_response", "look-ahead"])
 async def test_cancelled_task(way, instrument):
     """A task that is cancelled while it reads leaves one message, "cancelled", and is cancelled."""
+    if way == "with_streaming_response":
+        need(way)
     started, ledger = asyncio.Event(), instrument()
     transport = await _stalling(started)
     if way == "look-ahead":
@@ -321,6 +328,7 @@ def test_raw_bodies_left_early(way, mode, instrument):
                     return part
         return None
 
+    need("with_streaming_response")
     message = compared(mode, Server(*ALL), act, instrument)
     assert message.status == ("ok" if way == "read" else "incomplete")
     assert message.response_id == (None if way == "nothing" else "c-1")
@@ -348,8 +356,7 @@ def test_helper_left(read, mode, instrument):
     """A .stream() helper whose block is left early is incomplete; read to the end, or until_done(), it is ok."""
 
     async def act(client: Any) -> Any:
-        helper = client.chat.completions if hasattr(client.chat.completions, "stream") else client.beta.chat.completions
-        async with within(helper.stream(**CHAT)) as stream:
+        async with within(parsing(client).stream(**CHAT)) as stream:
             if read is None:
                 await settle(stream.until_done())
                 return seen(await settle(stream.get_final_completion()))
@@ -433,7 +440,7 @@ def test_cumulative_usage_is_not_summed(mode, instrument):
 
     async def call() -> Any:
         async with client_of(mode, transport=transport, base_url="https://vllm.example.com/v1") as client:
-            return [piece.usage is not None async for piece in each(await opened(client))]
+            return [getattr(piece, "usage", None) is not None async for piece in each(await opened(client))]
 
     assert running(mode)(call()) == [True] * 3
     assert ledger.message().usage == COUNTED
@@ -453,7 +460,8 @@ def test_usage_on_a_chunk_without_choices_before_the_end(declined, mode, instrum
 
     async def call() -> Any:
         async with client_of(mode, transport=transport, base_url=OPENAI) as client:
-            stream = await opened(client, **({"stream_options": {"include_usage": False}} if declined else {}))
+            options = argument("stream_options", {"include_usage": False}) if declined else {}
+            stream = await opened(client, **options)
             return [len(piece.choices) async for piece in each(stream)]
 
     assert running(mode)(call()) == ([0, 1, 1, 1, 1, 0] if declined else [1, 1, 1, 1])
@@ -515,7 +523,7 @@ def test_belongs_to_the_context_it_was_made_in(read, mode, instrument):
             if read == "all":
                 assert len([piece async for piece in each(stream)]) == 3
             del first
-            await settle(stream.close())
+            await close(stream)
 
     outcome(mode, Server(*ALL), act)
     message = ledger.message()
@@ -554,7 +562,7 @@ def test_many_open_at_once(mode, instrument):
             for stream in streams:
                 await following(stream)
         for stream in streams:
-            await settle(stream.close())
+            await close(stream)
 
     outcome(mode, server, act)
     assert [(m.key, m.status, m.usage) for m in ledger.messages()] == [(key, "ok", COUNTED) for key in "abc"]
@@ -564,8 +572,8 @@ def test_many_open_at_once(mode, instrument):
 @both
 def test_other_endpoints_left_early(operation, mode, practice, instrument):
     """Completions and responses left after two chunks are incomplete, read to the end ok."""
-    if operation == "responses" and not hasattr(openai.OpenAI, "responses"):
-        pytest.skip(f"openai {openai.__version__} has no responses API")
+    if operation == "responses":
+        need("responses API")
     ledger = instrument()
 
     async def call() -> None:
@@ -576,7 +584,7 @@ def test_other_endpoints_left_early(operation, mode, practice, instrument):
                     await following(stream)
                 if whole:
                     assert [piece async for piece in each(stream)]
-                await settle(stream.close())
+                await close(stream)
 
     practice._exchanges.clear()
     running(mode)(call())
@@ -587,9 +595,9 @@ def test_other_endpoints_left_early(operation, mode, practice, instrument):
 
 
 @both
-@pytest.mark.skipif(not hasattr(openai.OpenAI, "responses"), reason=f"openai {openai.__version__} has no responses API")
 def test_error_event_after_the_text_began(mode, instrument):
     """An error event in the midst of a response's text is a failed message with the event's code."""
+    need("responses API")
     text = {"type": "response.output_text.delta", "delta": "x", "item_id": "i", "output_index": 0, "content_index": 0}
     error = {"type": "error", "code": "server_error", "message": "it broke", "param": None}
     transport, _ = serving((200, "text/event-stream", [sse(text, text, error)]))

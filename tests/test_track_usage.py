@@ -16,6 +16,7 @@ from spryng_instrument.errors import MissingKeyError, UsageError
 from spryng_instrument.message import Usage
 from spryng_instrument.usage import checked_usage
 from tests.conftest import Ledger
+from tests.shapes import to_dict
 
 
 def test_the_seed_example(instrument: Callable[..., Ledger]) -> None:
@@ -48,7 +49,7 @@ def test_it_takes_the_sdk_object_or_its_dict(instrument: Callable[..., Ledger], 
             replies.append(client.responses.create(model="gpt-5-mini", input="hi"))
         for reply in replies:
             track_usage(open_ai_response=reply, tags=["by-hand"])
-            track_usage(open_ai_response=reply.to_dict())
+            track_usage(open_ai_response=to_dict(reply))
     messages = ledger.messages()
     count = len(replies)
     for position, seen in enumerate(messages[:count]):
@@ -160,7 +161,7 @@ def test_what_is_no_reply_is_refused(instrument: Callable[..., Ledger], client: 
     for other in (stream, "text", {"object": "thread"}, 7):
         with pytest.raises(UsageError, match="must be a chat completion, completion, embedding or response"):
             track_usage(key="acme", open_ai_response=other)
-    stream.close()
+    stream.response.close()
 
 
 def test_times_are_aware(instrument: Callable[..., Ledger]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import spryng_instrument
@@ -87,7 +88,7 @@ def run(*, live: bool, calls: int | None, destination: str | None) -> int:
 
     where = "the OpenAI API" if live else "a practice server on this machine"
     note(f"{calls:,} calls for {len(CUSTOMERS)} customers, with the OpenAI SDK {openai.__version__}, to {where}")
-    plans = plan(calls, live=live, responses=hasattr(openai.OpenAI, "responses"))
+    plans = plan(calls, live=live, responses=find_spec("openai.resources.responses") is not None)
     with nullcontext() if live else PracticeServer() as server:
         client: Request = {"max_retries": 2}
         if server is not None:
