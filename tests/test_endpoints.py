@@ -280,3 +280,31 @@ def test_no_row_hides_another():
     for name, row in ENDPOINTS.items():
         method, _, path = name.partition(" ")
         assert endpoint_of(method.lower(), path.replace("{}", "x_1")) is row
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_speech_as_events(whole, mode, instrument):
+    """Speech that is sent as events tells its usage at the end; the caller gets the very bytes."""
+    if not has("audio.speech.create", {"stream_format": "sse"}):
+        pytest.skip(f"openai {openai.__version__} has no stream_format")
+    events = [
+        {"type": "speech.audio.delta", "audio": "aGk="},
+        {"type": "speech.audio.done", "usage": {"input_tokens": 4, "output_tokens": 90, "total_tokens": 94}},
+    ]
+
+    async def call() -> Any:
+        asked = {"input": "hi", "model": "gpt-4o-mini-tts", "voice": "alloy", "stream_format": "sse"}
+        async with client_of(mode, base_url=BASE_URL, transport=served(events)) as client:
+            with usage_context("acme"):
+                if whole:
+                    return (await settle(client.audio.speech.create(**asked))).content
+                async with shapes.within(client.audio.speech.with_streaming_response.create(**asked)) as raw:
+                    return [part async for part in shapes.each(raw.iter_bytes())]
+
+    bare = running(mode)(call())
+    ledger = instrument()
+    assert running(mode)(call()) == bare
+    message = ledger.message()
+    assert (message.operation, message.status, message.key) == ("audio.speech", "ok", "acme")
+    assert message.usage == Usage(input_tokens=4, output_tokens=90, total_tokens=94)
