@@ -144,7 +144,8 @@ def test_the_same_with_and_without(probe, instrument):
 def attributes() -> dict[Any, dict[str, Any]]:
     """Every attribute of every class of the SDK that is loaded."""
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "openai"]
-    kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    # By type(): the SDK has stand-ins for packages that are absent, and looking at their class raises.
+    kinds = {kind for module in modules for kind in vars(module).values() if issubclass(type(kind), type)}
     return {kind: dict(vars(kind)) for kind in kinds if kind.__module__.startswith("openai")}
 
 
@@ -231,10 +232,15 @@ def test_others_may_wrap_too(instrument):
 
 def test_nothing_is_kept_alive(instrument):
     """Clients, requests and replies die when they would without us."""
+
+    def alive() -> list[bool]:
+        one = client()
+        reply = one.chat.completions.create(**CHAT)
+        watched = [weakref.ref(one), weakref.ref(reply)]
+        del one, reply
+        gc.collect()
+        return [ref() is not None for ref in watched]
+
+    bare = alive()
     instrument()
-    one = client()
-    reply = one.chat.completions.create(**CHAT)
-    watched = [weakref.ref(one), weakref.ref(reply)]
-    del one, reply
-    gc.collect()
-    assert [ref() for ref in watched] == [None, None]
+    assert alive() == bare

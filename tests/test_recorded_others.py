@@ -61,9 +61,7 @@ async def _seen(client: Any, exchange: dict[str, Any], way: str) -> Any:
     if not name:
         path = urlsplit(request["url"]).path.removeprefix("/v1")
         options = {"body": {}} if request["method"] == "POST" else {}
-        return seen(
-            await settle(getattr(client, request["method"].lower())(path, cast_to=ANY, **options))
-        )
+        return seen(await settle(getattr(client, request["method"].lower())(path, cast_to=ANY, **options)))
     if "json" in request["content_type"]:
         arguments = {**json.loads(_body(request)), **arguments}
     resource, _, method = name.rpartition(".")
