@@ -45,6 +45,6 @@ def _settle_event(call: Call, event: object) -> None:
         fields = fields_of(event)
         if fields.get("type") in TURN_ENDS:
             turn: Mapping[str, Any] = fields_of(fields.get("turn"))
-            call._recorder.settle_turn({**turn, "usage": fields.get("usage") or turn.get("usage")})
+            call._recorder.settle_turn({**turn, "usage": turn.get("usage") or fields.get("usage")})
     except Exception:
         call._recorder.bug("reading a turn")

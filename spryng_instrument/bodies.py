@@ -22,6 +22,14 @@ def watch_body(call: Call, response: Any) -> None:
     hook_close(call, response, f"{prefix}close", lambda: tap.reading)
 
 
+_BINARY = ("audio/", "image/", "video/", "application/octet-stream")
+"""Bodies that tell no usage, and may be too large to keep."""
+
+
+_CALLERS_OWN = ("StreamConsumed", "StreamClosed")
+"""What the response raises if a caller reads it twice: the answer has not failed."""
+
+
 class _Tap:
     """What was seen of one body."""
 
@@ -32,6 +40,7 @@ class _Tap:
         self._response = response
         self._events = SseLines() if "event-stream" in response.headers.get("content-type", "") else None
         self._body: list[bytes] = []
+        self._is_read = not response.headers.get("content-type", "").startswith(_BINARY)
 
     def tapped(self, read: Callable[..., Any], is_async: bool, decoded: bool) -> Callable[..., Any]:
         """*read*, one of the response's own iterators, with a look at each part that it gives."""
@@ -68,7 +77,8 @@ class _Tap:
                 self._guarded(self._end, decoder)
                 return
             except BaseException as exc:
-                self._call.failed(exc)
+                if type(exc).__name__ not in _CALLERS_OWN:
+                    self._call.failed(exc)
                 raise
             finally:
                 self.reading = False
@@ -84,7 +94,8 @@ class _Tap:
                 self._guarded(self._end, decoder)
                 return
             except BaseException as exc:
-                self._call.failed(exc)
+                if type(exc).__name__ not in _CALLERS_OWN:
+                    self._call.failed(exc)
                 raise
             finally:
                 self.reading = False
@@ -95,7 +106,8 @@ class _Tap:
         if decoder is not None:
             part = _joined(decoder.decode(part))
         if self._events is None:
-            self._body.append(part)
+            if self._is_read:
+                self._body.append(part)
             return
         for event in self._events.feed(part):
             self._call.see(event)

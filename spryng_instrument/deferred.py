@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import msgspec
@@ -45,30 +46,36 @@ class Deferred:
         """Keep *message*, on the disk, until the answer of that id is read. Raises OSError if the disk takes none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(answer_id)
-        hidden = path.with_suffix(f".{os.getpid()}.new")
+        hidden = path.with_suffix(f".{os.getpid()}-{get_ident()}.new")
         with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(encode(message))
             file.flush()
             os.fdatasync(file.fileno())  # no beat comes after it, as with the journal; and such calls are rare
         os.replace(hidden, path)
 
+    def waiting(self, answer_id: str) -> Message | None:
+        """The message that waits for the answer of that id."""
+        return _read(self._path(answer_id))
+
     def completed(self, answer_id: str, reading: Reading) -> Message | None:
         """The message that waits for the answer of that id, completed by what the answer says. None: none does."""
-        message = _read(self._path(answer_id))
+        message = self.waiting(answer_id)
         return None if message is None else complete(message, reading)
 
     def turn(self, session_id: str, turn: Mapping[str, Any]) -> Message | None:
         """The message of a turn, of an agent's session that waits for its turns. None: it does not."""
-        session = _read(self._path(session_id))
+        session = self.waiting(session_id)
         if session is None:
             return None
         turn_id, created_at = str(turn.get("id")), turn.get("created_at")
         digest = sha256(turn_id.encode("utf-8", "backslashreplace")).hexdigest()
-        began = isinstance(created_at, int) and datetime.fromtimestamp(created_at, timezone.utc)
+        timestamp = session.timestamp
+        if type(created_at) is int and 0 < created_at < 1 << 33:
+            timestamp = datetime.fromtimestamp(created_at, timezone.utc)
         message = msgspec.structs.replace(
             session,
             id=f"{session.id[:14]}7{digest[:3]}-8{digest[3:6]}-{digest[6:18]}",
-            timestamp=began or session.timestamp,
+            timestamp=timestamp,
             operation="agents.turns",
             response_id=turn_id,
             latency_ms=None,
@@ -117,7 +124,11 @@ def complete(message: Message, reading: Reading) -> Message:
     """*message* with what its finished answer says: the same for everybody who reads the same answer."""
     status: Status = "ok"
     error = None
-    if reading.status == "cancelled":
+    usage = reading.usage
+    used = usage is not None and any((usage.input_tokens, usage.output_tokens, usage.total_tokens))
+    if used and message.operation == "batches" and reading.status in ("cancelled", "expired"):
+        status = "incomplete"  # the requests that were done by then are billed
+    elif reading.status == "cancelled":
         status = "cancelled"
     elif reading.failure is not None or reading.status == "expired":
         status, error = "error", reading.failure or "expired"
@@ -125,7 +136,7 @@ def complete(message: Message, reading: Reading) -> Message:
         message,
         status=status,
         error=error,
-        usage=reading.usage,
+        usage=usage,
         tool_usage=reading.tool_usage,
         response_model=reading.model or message.response_model,
         service_tier=reading.service_tier or message.service_tier,

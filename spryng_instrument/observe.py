@@ -41,6 +41,7 @@ class Call:
     _streamed = False
     _open = False
     _done = False
+    _kept = False
     _first_token: float | None = None
     _request_id: str | None = None
     _retries: int | None = None
@@ -108,6 +109,8 @@ class Call:
             token = self._tally.see(chunk)
             if token and self._first_token is None:
                 self._first_token = perf_counter()
+            if self.endpoint.defers and not self._kept:
+                self._keep()
             if self._tally.told_all:
                 self._finish("ok", self._tally.reading())
         except Exception:
@@ -171,10 +174,9 @@ class Call:
 
     def whole_stream(self, content: bytes) -> None:
         """The whole body of a stream is there."""
-        self._streamed = True
-        self._tally = self.endpoint.tally()
+        self.opened()
         for event in SseLines().feed(content):
-            self._tally.see(event)
+            self.see(event)
         self.ended()
 
     def _finish(
@@ -193,14 +195,34 @@ class Call:
             return  # another thread was faster
         if reading.failure is not None and status in BILLABLE:
             status, error = "error", reading.failure
+        recorder = self._recorder
+        if self._kept:
+            recorder.settle(reading)
+            return
+        waits = self.endpoint.defers and self._waits(status, reading)
+        message = self._message(status, reading, error, http_status, numbered=not waits)
+        if waits:
+            recorder.defer(message)
+        else:
+            recorder.record(message, finaliser=finaliser)
+
+    def _keep(self) -> None:
+        """Once a stream says that its work goes on without it: another reader may be at its end before this one."""
+        reading = self._tally.reading()
+        if self._waits("ok", reading):
+            self._kept = True
+            self._recorder.defer(self._message("ok", reading, None, None, numbered=False))
+
+    def _message(
+        self, status: Status, reading: Reading, error: str | None, http_status: int | None, *, numbered: bool
+    ) -> Message:
         started = self._started
         latency_ms = round((perf_counter() - started) * 1e3, 3)
         first_token_ms = None if self._first_token is None else round((self._first_token - started) * 1e3, 3)
         scope = self._scope
         recorder = self._recorder
-        waits = self.endpoint.defers and self._waits(status, reading)
         # By position, in the order of Message: by name costs twice as much, and this is on the way of every call.
-        message = Message(
+        return Message(
             new_id(self._time_ns),
             _time_of(self._time_ns / 1e9, _utc),
             self.endpoint.operation,
@@ -222,21 +244,17 @@ class Call:
             http_status,
             latency_ms,
             first_token_ms,
-            reading.usage,
+            reading.usage if numbered else None,
             self._call_site,
-            None if waits else recorder.journal.writer,
-            None if waits else recorder.number(),
+            recorder.journal.writer if numbered else None,
+            recorder.number() if numbered else None,
             reading.tool_usage,
         )
-        if waits:
-            recorder.defer(message)
-        else:
-            recorder.record(message, finaliser=finaliser)
 
     def _waits(self, status: Status, reading: Reading) -> bool:
         """Whether the usage of this call comes with a later read."""
-        done = reading.usage is not None or reading.status not in WAITING
-        return not done and status in BILLABLE and reading.response_id is not None
+        # Whatever usage it tells so far: a batch begins with counts of zero.
+        return reading.status in WAITING and status in BILLABLE and reading.response_id is not None
 
 
 class Read(Call):
@@ -252,7 +270,7 @@ class Read(Call):
         self._recorder.settle(read_reply(item))
 
     def replied(self, reply: Any) -> None:
-        if hasattr(reply, "http_response") or hasattr(reply, "_iterator"):
+        if any(hasattr(reply, name) for name in ("http_response", "_iterator", "iter_bytes")):
             return super().replied(reply)
         try:
             self._take_all(reply)
@@ -265,7 +283,10 @@ class Read(Call):
     def _take_all(self, reply: object) -> None:
         items = fields_of(reply).get("data")
         for item in items if type(items) is list else [reply]:
-            self.take(item)
+            try:
+                self.take(item)
+            except Exception:
+                self._recorder.bug("reading an answer")
 
     def _finish(self, status: Status, reading: Reading, **_: Any) -> None:
         if not self._done:

@@ -90,7 +90,7 @@ def _listed(messages: list[Message]) -> str:
 
 
 @pytest.fixture
-def usage_messages(tmp_path: Path) -> Iterator[UsageMessages]:
+def usage_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UsageMessages]:
     """What the code under test uses of the OpenAI SDK. instrument() is called for it, with a ledger of its own.
 
     Streams of servers on this machine are asked for their usage too. If the application had called instrument(),
@@ -103,12 +103,14 @@ def usage_messages(tmp_path: Path) -> Iterator[UsageMessages]:
 
     before = recorder.active.settings if recorder.active is not None else None
     spryng_instrument.uninstrument()
+    monkeypatch.delenv("SPRYNG_DEFAULT_KEY", raising=False)  # or every call would seem to be attributed
     path = tmp_path / "spryng" / "usage.db"
     spryng_instrument.instrument(
         destination=f"sqlite:///{path}",
         journal=tmp_path / "spryng" / "journal",
         on_missing_key="ignore",
         include_usage_hosts=["127.0.0.1", "localhost", *(before.include_usage_hosts if before else ())],
+        threads=before is not None and before.threads,
     )
     try:
         yield UsageMessages(path)

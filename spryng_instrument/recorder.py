@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import count
@@ -101,7 +102,7 @@ class Recorder:
         """Gives the next message's number."""
         self._lock = threading.Lock()
         self._sites: set[str] = set()
-        self._turns: dict[object, None] = {}
+        self._turns: dict[str, None] = {}
         """Turns of agents' sessions that were recorded, the last ones: a stream of events may be read many times."""
         self._said_failing = False
         self._said_lost = False
@@ -111,10 +112,13 @@ class Recorder:
 
     def start(self) -> None:
         """Start delivering."""
-        for path, message in self.deferred.overdue():
-            if message is None or self.record(message):
-                self.deferred.drop(path)
         self.pump.start()
+        try:
+            for path, message in self.deferred.overdue():
+                if message is None or self.record(message):
+                    self.deferred.drop(path)
+        except OSError:
+            log.exception("what waits for its usage in %s cannot be looked at", self.deferred.folder)
         self.pump.wake()  # what an earlier process left
 
     def stop(self) -> None:
@@ -155,25 +159,35 @@ class Recorder:
 
     def defer(self, message: Message) -> None:
         """Keep a message whose usage comes with a later read of its response_id."""
+        answer_id = str(message.response_id)
+        older = self.deferred.waiting(answer_id)
+        if older is not None:
+            self.record(older)  # a server that repeats its ids: two calls are two messages
         try:
-            self.deferred.keep(str(message.response_id), message)
+            self.deferred.keep(answer_id, message)
         except OSError:
             log.exception("%s cannot be kept until its usage is known; recorded without", message.response_id)
             self.record(replace(message, writer=self.journal.writer, sequence=self.number()))
 
     def settle(self, reading: Reading) -> None:
         """An answer was read again: if it is done, and a message waits for it, record that."""
-        if reading.response_id is None or (reading.usage is None and reading.status in (None, *WAITING)):
+        if reading.response_id is None or reading.status in WAITING:
+            return
+        if reading.usage is None and reading.status is None:
             return
         message = self.deferred.completed(reading.response_id, reading)
-        if message is not None and self.record(message):
-            self.deferred.forget(reading.response_id)
+        # If only memory has it, the file stays: who reads the answer again makes a duplicate, which is dropped.
+        if message is not None and self.record(message) and self.journal.failure is None:
+            with suppress(OSError):
+                self.deferred.forget(reading.response_id)
 
     def settle_turn(self, turn: Mapping[str, Any]) -> None:
         """A turn of an agent's session was read: if it is at its end, and the session is one of ours, record it."""
-        turn_id, session_id = turn.get("id"), turn.get("session_id")
-        if turn.get("status") not in ("completed", "failed", "cancelled") or turn_id in self._turns:
+        turn_id, session_id, status = str(turn.get("id")), turn.get("session_id"), turn.get("status")
+        if status not in ("completed", "failed", "cancelled") or turn_id in self._turns:
             return
+        if status == "completed" and turn.get("usage") is None:
+            return  # it is told as well as it is known: perhaps later
         message = self.deferred.turn(str(session_id), turn)
         if message is not None and self.record(message):
             self.deferred.turned(str(session_id))

@@ -110,11 +110,11 @@ class _Connection:
         if kind in ("session.created", "session.updated"):
             self._model = fields_of(fields.get("session")).get("model") or self._model
         elif kind == "response.created":
-            name = str(fields_of(fields.get("response")).get("id"))
+            name = str(fields_of(fields.get("response")).get("id") or fields.get("event_id"))
             if name not in self._responses and name not in self._ended:
                 self._responses[name] = self._open()
         elif kind in RESPONSE_ENDS:
-            name = str(fields_of(fields.get("response")).get("id"))
+            name = str(fields_of(fields.get("response")).get("id") or fields.get("event_id"))
             if self._is_new(name):
                 call = self._responses.pop(name) if name in self._responses else self._open()
                 call.see(event)
@@ -128,7 +128,7 @@ class _Connection:
                 self._begin(self._endpoint).answered(
                     read_reply({"id": session.get("id"), "usage": fields.get("usage")})
                 )
-        elif type(kind) is str and kind.endswith(".delta"):
+        elif type(kind) is str and kind.endswith(".delta") and not kind.startswith("conversation."):
             ours = self._responses.get(str(fields.get("response_id"))) or next(iter(self._responses.values()), None)
             if ours is not None:
                 ours.see(event)
@@ -144,6 +144,8 @@ class _Connection:
         return call
 
     def _is_new(self, name: str) -> bool:
+        if name == "None":
+            return True
         if name in self._ended:
             return False
         self._ended[name] = None

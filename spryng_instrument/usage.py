@@ -129,10 +129,10 @@ def usage_of(reported: object) -> Usage | None:
     get = fields_of(reported).get
     input_tokens, output_tokens = get("prompt_tokens"), get("completion_tokens")
     given, made = get("prompt_tokens_details"), get("completion_tokens_details")
-    if input_tokens is None:
-        input_tokens = get("input_tokens")
-    if output_tokens is None:
-        output_tokens = get("output_tokens")
+    if not input_tokens:  # a gateway that gives both names may leave zero under one
+        input_tokens = input_tokens if (other := get("input_tokens")) is None else other
+    if not output_tokens:
+        output_tokens = output_tokens if (other := get("output_tokens")) is None else other
     if not given:
         given = get("input_tokens_details") or get("input_token_details")
     if not made:

@@ -502,17 +502,20 @@ def truth(reported: Any) -> Usage | None:
     if not isinstance(reported, dict):
         return None
 
+    def valid(value: Any) -> int | None:
+        return value if type(value) is int and 0 <= value <= 10**12 else None
+
+    def either(first: str, second: str) -> int | None:
+        one, other = reported.get(first), reported.get(second)
+        return valid(other if not one and other is not None else one)
+
     def count(*paths: str) -> int | None:
         for path in paths:
             value: Any = reported
             for name in path.split("/"):
                 value = value.get(name) if isinstance(value, dict) else None
             if value is not None:
-                return (
-                    value
-                    if isinstance(value, int) and value is not True and value is not False and 0 <= value <= 10**12
-                    else None
-                )
+                return valid(value)
         return None
 
     details = "prompt_tokens_details", "input_tokens_details", "input_token_details"
@@ -522,8 +525,8 @@ def truth(reported: Any) -> Usage | None:
         seconds = None
     # An empty details object of one name does not hide a full one of another: no server sends both.
     usage = Usage(
-        input_tokens=count("prompt_tokens", "input_tokens"),
-        output_tokens=count("completion_tokens", "output_tokens"),
+        input_tokens=either("prompt_tokens", "input_tokens"),
+        output_tokens=either("completion_tokens", "output_tokens"),
         total_tokens=count("total_tokens"),
         cached_tokens=count(*(f"{name}/cached_tokens" for name in details)),
         cache_write_tokens=count(*(f"{name}/cache_write_tokens" for name in details)),

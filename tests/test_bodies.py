@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -95,3 +96,44 @@ def test_the_same_bytes_at_the_same_time(way, stream, encoding, mode, instrument
     message = ledger.message()
     assert (message.status, message.response_id, message.streamed) == ("ok", "chatcmpl-1", stream)
     assert (message.usage.input_tokens, message.usage.output_tokens, message.usage.total_tokens) == (9, 3, 12)
+
+
+def test_sound_is_not_kept_in_memory(instrument):
+    """A long answer without usage passes through: what is held of it is a part, not the whole."""
+    ledger = instrument()
+    body = Slowly([b"\xff" * 1_000_000] * 30)
+
+    async def call() -> None:
+        headers = {"content-type": "audio/mpeg"}
+        async with client_of("sync", transport=transport(body, headers)) as client:
+            speech = client.audio.speech.with_streaming_response
+            async with within(speech.create(input="hi", model="tts-1", voice="alloy")) as raw:
+                tracemalloc.start()
+                assert sum(len(part) for part in raw.iter_bytes()) == 30_000_000
+                assert tracemalloc.get_traced_memory()[1] < 5_000_000
+                tracemalloc.stop()
+
+    running("sync")(call())
+    assert (ledger.message().operation, ledger.message().status) == ("audio.speech", "ok")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_read_twice(mode, instrument):
+    """A body that is read in part and then asked for whole is the caller's mistake, not the answer's."""
+
+    async def call() -> Any:
+        body = Slowly([PLAIN[:10], PLAIN[10:]])
+        headers = {"content-type": "application/json"}
+        async with client_of(mode, transport=transport(body, headers)) as client:
+            manager = client.chat.completions.with_streaming_response.create(**CHAT)
+            async with within(manager) as raw:
+                async for _ in each(raw.iter_bytes()):
+                    break
+                with pytest.raises(Exception, match="already been streamed") as raised:
+                    await settle(raw.read())
+                return raised.type
+
+    bare = running(mode)(call())
+    ledger = instrument()
+    assert running(mode)(call()) is bare
+    assert ledger.message().status == "incomplete"

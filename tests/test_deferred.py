@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BASE_URL = "https://api.openai.com/v1"
 USAGE = {"input_tokens": 30, "output_tokens": 12, "total_tokens": 42, "output_tokens_details": {"reasoning_tokens": 5}}
 READ = Usage(input_tokens=30, output_tokens=12, total_tokens=42, reasoning_tokens=5)
+ZERO = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}  # what a batch tells of itself when it begins
 RUN_USAGE = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
 RUN_READ = Usage(input_tokens=30, output_tokens=12, total_tokens=42)
 
@@ -47,7 +50,7 @@ def run(status: str, **more: Any) -> dict[str, Any]:
 
 def batch(status: str, **more: Any) -> dict[str, Any]:
     return {"id": "batch_1", "object": "batch", "status": status, "endpoint": "/v1/responses", "model": "gpt-5",
-            "usage": USAGE if status == "completed" else None, **more}  # fmt: skip
+            "usage": USAGE if status == "completed" else ZERO, **more}  # fmt: skip
 
 
 def replies(*bodies: Any) -> Any:
@@ -146,6 +149,12 @@ CASES = [
     ("expired", begin_run, run("queued"), read_run, [run("expired")], "threads.runs", "error", None),
     ("batch", begin_batch, batch("validating"), read_batch,
      [batch("in_progress"), batch("finalizing"), batch("completed"), batch("completed")], "batches", "ok", READ),
+    ("partial", begin_response, response("queued"), read_response,
+     [response("in_progress", usage={**ZERO, "input_tokens": 5}), response("completed")], "responses", "ok", READ),
+    ("expired batch", begin_batch, batch("validating"), read_batch, [batch("expired", usage=USAGE)], "batches",
+     "incomplete", READ),
+    ("empty batch", begin_batch, batch("validating"), read_batch, [batch("cancelled")], "batches", "cancelled",
+     Usage(input_tokens=0, output_tokens=0, total_tokens=0)),
     ("batches", begin_batch, batch("validating"), list_batches,
      [{**PAGE, "data": [batch("completed", id="batch_other"), batch("completed")]}], "batches", "ok", READ),
 ]  # fmt: skip
@@ -391,3 +400,113 @@ def test_turns_read_by_another_process_are_the_same(instrument):
     assert not (ledger.journal / "set-aside").exists()
     # A session of which a turn was recorded owes nothing when its time is over.
     assert [owed for _, owed in recorder.deferred.overdue(-1)] == [None]
+
+
+@needs_responses
+@pytest.mark.parametrize("way", ["poll", "resume", "close first"])
+def test_a_stream_that_is_still_held(way, instrument):
+    """A background response is counted when another read shows its end, though its own stream was never closed."""
+    ledger = instrument()
+    rest = [{"type": "response.completed", "sequence_number": 2, "response": response("completed")}]
+    answers = replies(STARTED, rest if way == "resume" else response("completed"), response("completed"))
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=answers) as client:
+            with usage_context("acme"):
+                stream = client.responses.create(model="gpt-5", input="hi", extra_body=BACKGROUND, stream=True)
+            for _ in stream:
+                break
+            if way == "close first":
+                stream.response.close()
+            if way == "resume":
+                await drained(client.get("/responses/resp_1?stream=true", cast_to=object, stream=True,
+                                         stream_cls=openai.Stream[object]))  # fmt: skip
+            else:
+                await read_response(client)
+            assert ledger.message().usage == READ
+            stream.response.close()
+            await read_response(client)
+
+    shapes.run(act())
+    message = ledger.message()
+    assert (message.key, message.status, message.usage) == ("acme", "ok", READ)
+    assert not list((ledger.journal / deferred.FOLDER).iterdir())
+
+
+@needs_responses
+def test_read_as_a_response_of_http(instrument):
+    """A read that asks for the HTTP response itself completes the message too."""
+    ledger = instrument()
+
+    async def act() -> None:
+        transport = replies(response("queued"), response("completed"))
+        async with client_of("sync", base_url=BASE_URL, transport=transport) as client:
+            with usage_context("acme"):
+                await begin_response(client)
+            client.get("/responses/resp_1", cast_to=shapes.http.Response)
+
+    shapes.run(act())
+    assert ledger.message().usage == READ
+
+
+def test_a_turn_whose_usage_is_told_later(instrument):
+    """A turn is recorded when its usage is known, not before."""
+    ledger = instrument()
+    recorder = recording.active
+    recorder.defer(Message(new_id(), datetime.now(timezone.utc), "agents.sessions", key="acme", response_id="sess_1"))
+    recorder.settle_turn(turn(1, usage=None, created_at=10**15))
+    assert ledger.messages() == []
+    recorder.settle_turn(turn(1, created_at=10**15))
+    assert ledger.message().usage == READ
+
+
+def test_what_cannot_be_removed_stops_nothing(instrument, monkeypatch):
+    """A file that stays though its message is recorded makes duplicates, which the ledger drops; the others go on."""
+    if not hasattr(openai.OpenAI(api_key="x"), "batches"):
+        pytest.skip(f"openai {openai.__version__} has no batches")
+    ledger = instrument()
+    page = {**PAGE, "data": [batch("completed", id=f"batch_{number}") for number in range(3)]}
+    begun = [batch("validating", id=f"batch_{number}") for number in range(3)]
+
+    async def act() -> None:
+        async with client_of("sync", base_url=BASE_URL, transport=replies(*begun, page, page)) as client:
+            with usage_context("acme"):
+                for _ in begun:
+                    await begin_batch(client)
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "unlink", refuse)
+                await list_batches(client)
+            await list_batches(client)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    shapes.run(act())
+    assert [message.usage for message in ledger.messages()] == [READ] * 3
+    # At the next start too.
+    recording.active.defer(Message(new_id(), datetime.now(timezone.utc), "batches", response_id="batch_9"))
+    spryng_instrument.uninstrument()
+    [waiting] = (ledger.journal / deferred.FOLDER).iterdir()
+    os.utime(waiting, (1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        instrument()
+    assert [thread.name for thread in threading.enumerate()].count("spryng-pump") == 1
+    assert len(ledger.messages()) == 4
+
+
+@needs_responses
+def test_a_server_that_repeats_its_ids(instrument):
+    """Two calls that are answered with the same id are two messages."""
+    ledger = instrument()
+
+    async def act() -> None:
+        transport = replies(response("queued"), response("queued"), response("completed"))
+        async with client_of("sync", base_url=BASE_URL, transport=transport) as client:
+            for customer in ("acme", "bluepeak"):
+                with usage_context(customer):
+                    await begin_response(client)
+            await read_response(client)
+
+    shapes.run(act())
+    assert [(message.key, message.usage) for message in ledger.messages()] == [("acme", None), ("bluepeak", READ)]

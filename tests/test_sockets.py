@@ -182,6 +182,27 @@ def test_an_event_parsed_twice_counts_once(instrument):
     assert len(ledger.messages()) == 3
 
 
+@pytest.mark.parametrize("ids", [True, False], ids=["event ids", "no ids"])
+def test_responses_without_an_id(ids, instrument):
+    """Each end of a response counts, also where a server gives no ids; what the user says is no answer's token."""
+    done = [
+        {
+            "type": "response.done",
+            "response": {"status": "completed", "usage": REALTIME_USAGE},
+            "event_id": f"e{number}",
+        }
+        for number in range(2)
+    ]
+    heard = {"type": "conversation.item.input_audio_transcription.delta", "item_id": "i", "delta": "hello"}
+    events = [realtime("response.created", 1), heard, realtime("response.done", 1, usage=REALTIME_USAGE), *done]
+    if not ids:
+        for event in done:
+            del event["event_id"]
+    messages = watched("sync", "realtime", events, instrument, model="gpt-realtime")
+    assert [message.usage for message in messages] == [REALTIME_READ] * 3
+    assert [message.time_to_first_token_ms for message in messages] == [None] * 3
+
+
 def test_no_module_is_loaded_for_it():
     """instrument() loads none of the modules that it would watch, and watches them when they are loaded."""
     code = """

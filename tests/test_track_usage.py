@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spryng_instrument import track_usage, usage_context
 from spryng_instrument.errors import MissingKeyError, UsageError
 from spryng_instrument.message import Usage
-from spryng_instrument.usage import checked_usage
+from spryng_instrument.usage import checked_usage, usage_of
 from tests.conftest import Ledger
 from tests.shapes import to_dict
 
@@ -175,3 +175,11 @@ def test_times_are_aware(instrument: Callable[..., Ledger]) -> None:
     assert message.timestamp == moment
     assert message.timestamp.utcoffset() == timedelta(0)
     assert (message.model, message.operation, message.latency_ms) == ("other-model", "rerank", 12.5)
+
+
+def test_a_gateway_that_gives_both_names() -> None:
+    """Zero under one name does not hide the count under the other; zero under both, or one alone, is zero."""
+    both = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 300, "input_tokens": 283, "output_tokens": 17}
+    assert usage_of(both) == Usage(input_tokens=283, output_tokens=17, total_tokens=300)
+    assert usage_of({"prompt_tokens": 0, "input_tokens": None}) == Usage(input_tokens=0)
+    assert usage_of({"prompt_tokens": 0, "input_tokens": 0}) == Usage(input_tokens=0)
