@@ -42,6 +42,7 @@ class Call:
     _open = False
     _done = False
     _kept = False
+    _at_once = False
     _first_token: float | None = None
     _request_id: str | None = None
     _retries: int | None = None
@@ -107,7 +108,7 @@ class Call:
         """A chunk passes that is not quite plain. Tells whether it carries a generated token."""
         try:
             token = self._tally.see(chunk)
-            if token and self._first_token is None:
+            if token and self._first_token is None and not self._at_once:
                 self._first_token = perf_counter()
             if self.endpoint.defers and not self._kept:
                 self._keep()
@@ -175,6 +176,7 @@ class Call:
     def whole_stream(self, content: bytes) -> None:
         """The whole body of a stream is there."""
         self.opened()
+        self._at_once = True
         for event in SseLines().feed(content):
             self.see(event)
         self.ended()
