@@ -198,10 +198,11 @@ class Call:
         if reading.failure is not None and status in BILLABLE:
             status, error = "error", reading.failure
         recorder = self._recorder
-        if self._kept:
-            recorder.settle(reading)
-            return
         waits = self.endpoint.defers and self._waits(status, reading)
+        if self._kept:
+            if not waits:
+                recorder.settle(reading)
+            return
         message = self._message(status, reading, error, http_status, numbered=not waits)
         if waits:
             recorder.defer(message)

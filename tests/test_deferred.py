@@ -350,12 +350,13 @@ SESSION = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_turn_of_an_agent_is_a_message(mode, instrument):
+@pytest.mark.parametrize("status", ["idle", "in_progress"])
+def test_each_turn_of_an_agent_is_a_message(status, mode, instrument):
     """Each turn is one message of whoever created the session, seen in a stream, a list or alone, and however often."""
     if not hasattr(openai.OpenAI(api_key="x").beta, "agents"):
         pytest.skip(f"openai {openai.__version__} has no agents")
     ledger = instrument()
-    created = {"type": "agent.session.created", "event_id": "e0", "session": SESSION}
+    created = {"type": "agent.session.created", "event_id": "e0", "session": {**SESSION, "status": status}}
     answers = replies(
         [created, {"type": "agent.session.turn.created", "turn": turn(1, "queued")}, turn_event(1)],
         [turn_event(1), turn_event(2), turn_event(3, "failed")],
