@@ -45,7 +45,7 @@ ABOVE = {
 """What sits on the SDK, by the name that its tests begin with. Each chooses its own openai: in one environment some
 would be years old, because litellm and llama-index want openai below 3."""
 
-PARALLEL = ["-n", "2", "--dist", "loadfile"]
+PARALLEL = ["-n", "4", "--dist", "loadfile"]  # two cores suffice: many tests wait for processes and servers
 
 GROUPS = nox.project.load_toml("pyproject.toml")
 
