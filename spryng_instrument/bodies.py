@@ -24,8 +24,6 @@ def watch_body(call: Call, response: Any) -> None:
 
 _BINARY = ("audio/", "image/", "video/", "application/octet-stream")
 """Bodies that tell no usage, and may be too large to keep."""
-
-
 _CALLERS_OWN = ("StreamConsumed", "StreamClosed")
 """What the response raises if a caller reads it twice: the answer has not failed."""
 
@@ -77,8 +75,7 @@ class _Tap:
                 self._guarded(self._end, decoder)
                 return
             except BaseException as exc:
-                if type(exc).__name__ not in _CALLERS_OWN:
-                    self._call.failed(exc)
+                self._failed(exc)
                 raise
             finally:
                 self.reading = False
@@ -94,8 +91,7 @@ class _Tap:
                 self._guarded(self._end, decoder)
                 return
             except BaseException as exc:
-                if type(exc).__name__ not in _CALLERS_OWN:
-                    self._call.failed(exc)
+                self._failed(exc)
                 raise
             finally:
                 self.reading = False
@@ -121,6 +117,10 @@ class _Tap:
             self._call.plain(b"".join(self._body))
         else:
             self._call.ended()
+
+    def _failed(self, exc: BaseException) -> None:
+        if type(exc).__name__ not in _CALLERS_OWN:
+            self._call.failed(exc)
 
     def _guarded(self, act: Callable[..., None], *args: Any) -> None:
         try:
