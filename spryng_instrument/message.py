@@ -135,11 +135,15 @@ _decoder = msgspec.json.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    """One line of JSON, without its line feed. Text that is no valid Unicode is escaped, never a reason to lose it."""
+    """One line of JSON, without its line feed. Text that is no valid Unicode is escaped, never a reason to lose it.
+
+    So is NUL, which not every engine can keep.
+    """
     try:
-        return _encoder.encode(message)
+        line = _encoder.encode(message)
     except UnicodeEncodeError:
         return _encoder.encode(_valid_text(message))
+    return _encoder.encode(_valid_text(message)) if b"\\u0000" in line else line
 
 
 def decode(line: bytes) -> Message:
@@ -154,9 +158,9 @@ def decode(line: bytes) -> Message:
 def _valid_text(message: Message) -> Message:
     def valid(value: Any) -> Any:
         if isinstance(value, str):
-            return value.encode("utf-8", "backslashreplace").decode()
-        if isinstance(value, tuple):
-            return tuple(valid(item) for item in value)
+            return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+        if isinstance(value, (tuple, list)):
+            return type(value)(valid(item) for item in value)
         if isinstance(value, dict):
             return {valid(name): valid(item) for name, item in value.items()}
         return value

@@ -14,8 +14,6 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-import msgspec
-
 from spryng_instrument.errors import StoreError
 from spryng_instrument.journal import SUFFIX, Journal, Segment, set_aside
 from spryng_instrument.message import Message, decode
@@ -208,7 +206,12 @@ class Pump:
                     corrupt.append(line)
             try:
                 receipt = self.destination.record(list(batch.values()), timeout_s=self._left(deadline))
-                conflicts += [msgspec.json.encode(message) for message in receipt.conflicts]
+                for (number, message), outcome in zip(batch.items(), receipt.outcomes, strict=True):
+                    if outcome == "conflict":
+                        conflicts.append(block[number])
+                    elif outcome == "refused":
+                        log.error("the destination refuses message %s: %s", message.id, receipt.reasons.get(message.id))
+                        refused.append(block[number])
             except StoreError:
                 raise
             except Exception:

@@ -34,6 +34,7 @@ from spryng_instrument.message import Message, Usage, decode, encode, new_id
 from spryng_instrument.pump import Pump, deliver_orphans
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.store.base import Receipt
+from spryng_instrument.store.sql import Ask
 from spryng_instrument.store.sqlite import SqliteStore
 
 from .test_journal import FakedOs, file_size_limit
@@ -613,9 +614,9 @@ class Process:
             self._process.step()
             return receipt
 
-        def _stored(self, db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Message]:
+        def _stored(self, ask: Ask, ids: Sequence[str]) -> dict[str, Message]:
             self._process.step()
-            return super()._stored(db, ids)
+            return super()._stored(ask, ids)
 
     def die(self) -> None:
         for fd in self.fds:

@@ -5,11 +5,11 @@ The pump needs a Destination; reports need a Store. Both speak of Message and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone, tzinfo
 from decimal import Decimal
-from typing import Protocol
+from typing import Literal, Protocol
 from zoneinfo import ZoneInfo
 
 from spryng_instrument.errors import QueryError
@@ -21,23 +21,32 @@ COST_UNIT = Decimal("1e-12")
 """Costs are kept as whole trillionths of a US dollar, in which the price of a token is a whole number."""
 
 
+Outcome = Literal["recorded", "duplicate", "conflict", "refused"]
+"""recorded: new there. duplicate: there already, the same: delivered before by a try that was cut off. conflict: the
+destination has another message with this id, and keeps that one. refused: it can never be taken as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What became of a batch."""
 
-    recorded: int = 0
-    """New in the ledger."""
-    duplicates: int = 0
-    """Already there, the same: delivered before by a try that was cut off."""
-    conflicts: tuple[Message, ...] = ()
-    """The same id with another body. The ledger keeps the first; these are set aside and reported."""
+    outcomes: tuple[Outcome, ...] = ()
+    """Of each message, in their order."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """By message id, why it was refused, where the destination said so."""
+
+    def count(self, outcome: Outcome) -> int:
+        """How many messages it became of."""
+        return self.outcomes.count(outcome)
 
 
 class Destination(Protocol):
     """Where the pump delivers to."""
 
     def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
-        """Keep *messages* durably, each id once, all or none.
+        """Keep *messages* durably, each id once.
+
+        Delivered again after an error, whatever was kept before is a duplicate.
 
         Raises:
             StoreError: not now; deliver them again later.
@@ -131,8 +140,49 @@ class Page:
     next: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A customer's conversation, as far as a question's filter lets it be seen."""
+
+    usage: UsageRow
+    """Its group is the conversation id, its key the customer."""
+    first: datetime
+    """Time of its first message, UTC."""
+    last: datetime
+    """Time of its last message, UTC."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationPage:
+    """Conversations, the one that began last first, and where the next page starts."""
+
+    rows: list[Conversation] = field(default_factory=list)
+    next: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """Who may use the server; the key itself is nowhere."""
+
+    id: str
+    """Public: it names the key in lists and logs."""
+    name: str
+    """Whose it is, or what for."""
+    digest: str
+    """SHA-256 of the key, in hex."""
+    scopes: tuple[str, ...]
+    """"ingest", "read", or both."""
+    created: datetime
+    revoked: datetime | None = None
+    """Since when it is refused. None: it is not."""
+
+
+START = "0"
+"""As `after` of `arrivals`: from the first message on."""
+
+
 class Store(Destination, Protocol):
-    """A ledger that can be asked."""
+    """A ledger that can be asked. In a store, `record` keeps all messages of a batch or none."""
 
     def usage(self, by: str, where: Filter = ..., *, zone: str = "UTC") -> list[UsageRow]:
         """Usage by one of GROUPS, in the order of the group's name. Days and months are those of the IANA *zone*."""
@@ -150,11 +200,19 @@ class Store(Destination, Protocol):
         """Messages, newest first. *after* is a page's `next`."""
         ...
 
+    def conversations(self, where: Filter = ..., *, after: str | None = None, limit: int = 50) -> ConversationPage:
+        """Conversations, the one that began last first. *after* is a page's `next`."""
+        ...
+
+    def found(self, ids: Sequence[str]) -> dict[str, Message]:
+        """Those of the messages with these ids that are in the ledger, by id."""
+        ...
+
     def arrivals(self, after: str | None = None, where: Filter = ..., *, limit: int = 1_000) -> Page:
         """Messages in the order in which they were recorded: each exactly once, however late it came.
 
         Args:
-            after: a page's `next`, which here is never None. None: the last *limit* messages.
+            after: a page's `next`, which here is never None; or START. None: the last *limit* messages.
         """
         ...
 
@@ -172,6 +230,14 @@ class Store(Destination, Protocol):
 
     def missing(self, writer: str, last_sequence: int) -> list[int]:
         """The numbers up to *last_sequence* of a writer that are not in the ledger."""
+        ...
+
+    def keep_api_key(self, key: ApiKey) -> None:
+        """Keep a key of the server, in place of one with the same id."""
+        ...
+
+    def api_keys(self) -> list[ApiKey]:
+        """Every key of the server, revoked ones too, the oldest first."""
         ...
 
 

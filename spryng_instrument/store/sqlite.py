@@ -8,49 +8,31 @@ was deleted or replaced meanwhile is noticed. Rows are only ever added; later fa
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from datetime import datetime, timedelta, timezone, tzinfo
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from spryng_instrument.errors import (
-    QueryError,
-    SchemaTooNewError,
-    StoreBusyError,
-    StoreError,
-    StoreNotOursError,
-)
-from spryng_instrument.message import Message, Usage
-from spryng_instrument.store.base import (
-    COST_UNIT,
-    GROUPS,
-    Cost,
-    Filter,
-    Health,
-    Page,
-    Receipt,
-    StoredMessage,
-    UsageRow,
-    zone_of,
-)
+from spryng_instrument.errors import SchemaTooNewError, StoreBusyError, StoreError, StoreNotOursError
+from spryng_instrument.message import Message
+from spryng_instrument.store.base import ApiKey, Cost, Filter, Outcome, Page, Receipt
 from spryng_instrument.store.forks import unforked
+from spryng_instrument.store.rows import COLUMNS, SELECT, USAGE, is_same, message_of, pusd, row_of, stored_of
+from spryng_instrument.store.sql import (
+    API_KEY,
+    BUCKET_US,
+    DIMENSIONS,
+    SUMS,
+    Ask,
+    SqlParts,
+    SqlStore,
+    api_key_row,
+)
 
 APPLICATION_ID = 0x53505259  # "SPRY", at offset 68 of the file
-_USAGE = Usage.__struct_fields__
-_PLAIN = (
-    "key", "conversation_id", "query", "operation", "status", "request_model", "response_model", "response_id",
-    "request_id", "retries", "service_tier", "host", "error", "http_status", "latency_ms", "time_to_first_token_ms",
-    "call_site", "writer", "sequence",
-)  # fmt: skip
-_COLUMNS = ("id", "timestamp_us", "streamed", "tags", "properties", "tool_usage", *_PLAIN, *_USAGE)
-
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         f"""CREATE TABLE messages (
@@ -65,10 +47,10 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             request_model TEXT, response_model TEXT, response_id TEXT, request_id TEXT,
             retries INTEGER, service_tier TEXT, host TEXT, error TEXT, http_status INTEGER,
             latency_ms REAL, time_to_first_token_ms REAL, call_site TEXT, writer TEXT, sequence INTEGER,
-            {", ".join(f"{name} {'REAL' if name == 'seconds' else 'INTEGER'}" for name in _USAGE)},
+            {", ".join(f"{name} {'REAL' if name == 'seconds' else 'INTEGER'}" for name in USAGE)},
             cost_pusd INTEGER, price_version TEXT,
             model TEXT GENERATED ALWAYS AS (coalesce(response_model, request_model)) VIRTUAL,
-            reported INTEGER GENERATED ALWAYS AS (coalesce({", ".join(_USAGE)}) IS NOT NULL) VIRTUAL
+            reported INTEGER GENERATED ALWAYS AS (coalesce({", ".join(USAGE)}) IS NOT NULL) VIRTUAL
         )""",
         "CREATE INDEX messages_by_time ON messages (timestamp_us, id)",
         "CREATE INDEX messages_by_key ON messages (key, timestamp_us, id)",
@@ -81,40 +63,56 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             last_sequence INTEGER NOT NULL,
             messages INTEGER NOT NULL
         ) WITHOUT ROWID""",
+        f"""CREATE TABLE rollups (
+            bucket_us INTEGER NOT NULL, first_us INTEGER NOT NULL, last_us INTEGER NOT NULL,
+            {", ".join(f"{name} TEXT NOT NULL" for name in DIMENSIONS)},
+            {", ".join(f"{name} INTEGER{'' if name.startswith('cost') else ' NOT NULL'}" for name in SUMS)},
+            PRIMARY KEY (bucket_us, {", ".join(DIMENSIONS)})
+        ) WITHOUT ROWID""",
+        f"""CREATE VIEW rolled_up AS SELECT bucket_us, first_us, last_us,
+            {", ".join(f"nullif({name}, char(0)) AS {name}" for name in DIMENSIONS)}, {", ".join(SUMS)} FROM rollups""",
+        """CREATE TABLE api_keys (
+            id TEXT PRIMARY KEY, name TEXT NOT NULL, digest TEXT NOT NULL, scopes TEXT NOT NULL,
+            created_us INTEGER NOT NULL, revoked_us INTEGER
+        ) WITHOUT ROWID""",
     ),
 )
 """What brings a ledger from each version to the next. A migration that was released is never edited."""
 
-_INSERT = f"INSERT INTO messages ({', '.join(_COLUMNS)}) VALUES "
-_MARKS = f"({', '.join('?' * len(_COLUMNS))})"
+_INSERT = f"INSERT INTO messages ({', '.join(COLUMNS)}) VALUES "
+_MARKS = f"({', '.join('?' * len(COLUMNS))})"
 _ROWS = 250
 """Rows a statement: SQLite binds at most 32,766 values."""
 _WRITER = """INSERT INTO writers VALUES (?, ?, ?) ON CONFLICT (writer) DO UPDATE SET
     last_sequence = max(last_sequence, excluded.last_sequence), messages = messages + excluded.messages"""
-_BILLABLE = "m.status IN ('ok', 'incomplete')"
-_CONVERSATION = "json_array(m.key, m.conversation_id)"
-_SUMS = f"""count(*) FILTER (WHERE {_BILLABLE}),
-    count(DISTINCT CASE WHEN {_BILLABLE} AND m.conversation_id IS NOT NULL THEN {_CONVERSATION} END),
-    count(*) FILTER (WHERE m.status = 'error'),
-    count(*) FILTER (WHERE m.status = 'cancelled'),
-    count(*) FILTER (WHERE {_BILLABLE} AND NOT m.reported),
-    count(*) FILTER (WHERE m.reported AND m.cost_pusd IS NULL),
-    coalesce(sum(m.input_tokens), 0), coalesce(sum(m.cached_tokens), 0),
-    coalesce(sum(m.output_tokens), 0), coalesce(sum(m.reasoning_tokens), 0),
-    sum(m.cost_pusd / 1000000), sum(m.cost_pusd % 1000000)"""
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_MICROSECOND = timedelta(microseconds=1)
+_ROLL_UP = f"""INSERT INTO rollups SELECT
+    m.first_us - (m.first_us % {BUCKET_US} + {BUCKET_US}) % {BUCKET_US} AS bucket_us, min(m.first_us), max(m.last_us),
+    {", ".join(f"coalesce(m.{name}, char(0)) AS {name}" for name in DIMENSIONS)},
+    {", ".join(f"sum(m.{name})" if name.startswith("cost") else f"coalesce(sum(m.{name}), 0)" for name in SUMS)}
+    FROM ({{}}) m WHERE 1 GROUP BY bucket_us, {", ".join(f"coalesce(m.{name}, char(0))" for name in DIMENSIONS)}
+    ON CONFLICT DO UPDATE SET first_us = min(first_us, excluded.first_us), last_us = max(last_us, excluded.last_us),
+    {", ".join(f"{name} = coalesce({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMS)}"""
+"""Adds facts to the rollups. char(0), which is in no text of ours, stands for none: NULLs are never alike."""
+_NEW_COSTS = f"""SELECT m.timestamp_us AS first_us, m.timestamp_us AS last_us,
+    {", ".join(f"m.{name}" for name in DIMENSIONS)},
+    {", ".join(f"0 AS {name}" for name in SUMS if not name.startswith("cost") and name != "unpriced")},
+    -m.reported AS unpriced, c.value ->> 1 / 1000000 AS cost_e6, c.value ->> 1 % 1000000 AS cost_e12
+    FROM json_each(?) c JOIN messages m ON m.id = c.value ->> 0 WHERE m.cost_pusd IS NULL"""
 _BUSY_S = 0.2
 """How long one connection waits for a locked ledger: a fork must wait for it."""
 
 
-class SqliteStore:
+class SqliteStore(SqlStore):
     """A ledger in one file.
 
     Args:
         path: the file; made, with its folder, by the first write.
         create: whether a ledger that is not there is made (the pump) or is an error (reports).
     """
+
+    has_tag = "EXISTS (SELECT 1 FROM json_each(m.tags) WHERE value = ?)"
+    each_tag = ("LEFT JOIN json_each(m.tags) t ON 1", "t.value")
+    conversation = "json_array(m.key, m.conversation_id)"
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         self.path = Path(path)
@@ -134,14 +132,15 @@ class SqliteStore:
 
     def _record(self, messages: Sequence[Message], timeout_s: float, started: float) -> Receipt:
         new: dict[str, Message] = {}
-        conflicts: list[Message] = []
+        outcomes: list[Outcome] = []
         with self._connect(timeout_s, started) as db, _transaction(db):
-            there = self._stored(db, [message.id for message in messages])
+            there = self._stored(_asking(db), [message.id for message in messages])
             for message in messages:
-                known = there.get(message.id) or new.setdefault(message.id, message)
-                if known != message and _row(known) != _row(message):  # a usage that says nothing is stored as none
-                    conflicts.append(message)
-            rows = [_row(message) for message in new.values()]
+                known = there.get(message.id) or new.get(message.id)
+                new.setdefault(message.id, message) if known is None else None
+                outcomes.append("recorded" if known is None else "duplicate" if is_same(known, message) else "conflict")
+            [[newest]] = db.execute("SELECT coalesce(max(arrival), 0) FROM messages").fetchall()
+            rows = [row_of(message) for message in new.values()]
             # Many rows a statement: each statement gives up the interpreter's lock, and may wait 5 ms to have it back.
             for start in range(0, len(rows), _ROWS):
                 some = rows[start : start + _ROWS]
@@ -152,51 +151,13 @@ class SqliteStore:
                     numbers.setdefault(message.writer, []).append(message.sequence or 0)
             for writer, given in numbers.items():
                 db.execute(_WRITER, (writer, max(given), len(given)))
-        return Receipt(len(new), len(messages) - len(new) - len(conflicts), tuple(conflicts))
-
-    def usage(self, by: str, where: Filter = Filter(), *, zone: str = "UTC") -> list[UsageRow]:  # noqa: B008
-        """Usage by one of GROUPS, in the order of the group's name, "none" first."""
-        with self._connect() as db:
-            return _usage(db, by, where, zone)
-
-    def total(self, where: Filter = Filter()) -> UsageRow:  # noqa: B008
-        """The same over all messages, each counted once."""
-        with self._connect() as db:
-            return _total(db, where)
-
-    def usage_and_total(
-        self,
-        by: str,
-        where: Filter = Filter(),  # noqa: B008
-        *,
-        zone: str = "UTC",
-    ) -> tuple[list[UsageRow], UsageRow]:
-        """Both of one moment, whatever is recorded meanwhile."""
-        with self._connect() as db, _transaction(db, "DEFERRED"):
-            return _usage(db, by, where, zone), _total(db, where)
-
-    def messages(self, where: Filter = Filter(), *, after: str | None = None, limit: int = 50) -> Page:  # noqa: B008
-        """Messages, newest first."""
-        conditions, values = _conditions(where)
-        if after is not None:
-            mark = re.fullmatch(r"(-?\d{1,18})_(\S+)", after)
-            if mark is None:
-                raise QueryError(f"after={after!r} is no mark of a page; take it from the page before")
-            values += [int(mark[1]), mark[2]]
-            conditions += " AND (m.timestamp_us, m.id) < (?, ?)"
-        with self._connect() as db:
-            found = db.execute(
-                f"SELECT {_SELECT}, cost_pusd, price_version FROM messages m {conditions} "
-                "ORDER BY m.timestamp_us DESC, m.id DESC LIMIT ?",
-                [*values, limit + 1],
-            ).fetchall()
-        rows = [StoredMessage(_message(row[:-2]), _cost(row[-2]), row[-1]) for row in found[:limit]]
-        more = len(found) > limit and limit > 0
-        return Page(rows, f"{found[limit - 1][1]}_{found[limit - 1][0]}" if more else None)
+            facts, values = self._message_facts(Filter())
+            db.execute(_ROLL_UP.format(f"{facts} AND m.arrival > ?"), [*values, newest])
+        return Receipt(tuple(outcomes))
 
     def arrivals(self, after: str | None = None, where: Filter = Filter(), *, limit: int = 1_000) -> Page:  # noqa: B008
         """Messages in the order in which they were recorded."""
-        conditions, values = _conditions(where)
+        conditions, values = self._conditions(where)
         with self._connect() as db, _transaction(db, "DEFERRED"):
             newest = db.execute("SELECT coalesce(max(arrival), 0) FROM messages").fetchone()[0]
             start = 0 if after is None else int(after)
@@ -204,64 +165,45 @@ class SqliteStore:
                 start = 0
             order = "DESC" if after is None else "ASC"
             found = db.execute(
-                f"SELECT {_SELECT}, cost_pusd, price_version, arrival FROM messages m {conditions} AND m.arrival > ? "
+                f"SELECT {SELECT}, m.arrival FROM messages m WHERE {conditions} AND m.arrival > ? "
                 f"ORDER BY m.arrival {order} LIMIT ?",
                 [*values, start, limit],
             ).fetchall()
-        rows = [StoredMessage(_message(row[:-3]), _cost(row[-3]), row[-2]) for row in found]
+        rows = [stored_of(row[:-1]) for row in found]
         if after is None:
             rows.reverse()
         return Page(rows, str(found[-1][-1] if after is not None and len(found) == limit else newest))
 
-    def unpriced(self, price_version: str, limit: int = 1_000) -> list[Message]:
-        """Messages with usage and no cost that *price_version* has not looked at."""
-        with self._connect() as db:
-            rows = db.execute(
-                f"SELECT {_SELECT} FROM messages m WHERE m.cost_pusd IS NULL AND m.reported "
-                "AND m.price_version IS NOT ? LIMIT ?",
-                (price_version, limit),
-            )
-            return [_message(row) for row in rows]
-
     def set_costs(self, costs: Sequence[Cost]) -> None:
         """Freeze costs. A cost that is there already is never changed."""
+        found = [(pusd(cost.cost_usd), cost.price_version, cost.message_id) for cost in costs]
+        known = {id: amount for amount, _, id in found if amount is not None}
         with self._connect() as db, _transaction(db):
+            db.execute(_ROLL_UP.format(_NEW_COSTS), [msgspec.json.encode(list(known.items())).decode()])
             db.executemany(
-                "UPDATE messages SET cost_pusd = ?, price_version = ? WHERE id = ? AND cost_pusd IS NULL",
-                [
-                    (None if cost.cost_usd is None else int(cost.cost_usd / COST_UNIT), cost.price_version,
-                     cost.message_id)
-                    for cost in costs
-                ],
-            )  # fmt: skip
+                "UPDATE messages SET cost_pusd = ?, price_version = ? WHERE id = ? AND cost_pusd IS NULL", found
+            )
 
-    def health(self) -> Health:
-        """Gaps, messages without a key, models without a price."""
-        with self._connect() as db:
-            messages, writers = db.execute("SELECT (SELECT count(*) FROM messages), count(*) FROM writers").fetchone()
-            gaps = db.execute("SELECT * FROM writers WHERE last_sequence <> messages ORDER BY writer").fetchall()
-            unattributed = db.execute(
-                "SELECT coalesce(call_site, '(unknown)'), count(*) FROM messages WHERE key IS NULL "
-                "GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 100"
-            ).fetchall()
-            unpriced = db.execute(
-                "SELECT coalesce(model, '(unknown)'), count(*) FROM messages WHERE cost_pusd IS NULL AND reported "
-                "GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 100"
-            ).fetchall()
-        return Health(messages, writers, tuple(gaps), tuple(unattributed), tuple(unpriced))
+    def keep_api_key(self, key: ApiKey) -> None:
+        """Keep a key of the server, in place of one with the same id."""
+        with self._connect() as db, _transaction(db):
+            db.execute(f"REPLACE INTO api_keys ({', '.join(API_KEY)}) VALUES (?, ?, ?, ?, ?, ?)", api_key_row(key))
 
-    def missing(self, writer: str, last_sequence: int) -> list[int]:
-        """The numbers up to *last_sequence* of a writer that are not in the ledger."""
-        with self._connect() as db:
-            rows = db.execute("SELECT sequence FROM messages WHERE writer = ?", (writer,))
-            return sorted(set(range(1, last_sequence + 1)) - {sequence for (sequence,) in rows})
+    @contextmanager
+    def _reading(self) -> Iterator[Ask]:
+        with self._connect() as db, _transaction(db, "DEFERRED"):
+            yield _asking(db)
 
-    def _stored(self, db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Message]:
-        found = db.execute(
-            f"SELECT {_SELECT} FROM messages m WHERE m.id IN (SELECT value FROM json_each(?))",
-            (msgspec.json.encode(ids).decode(),),
+    def _facts(self, ask: Ask, where: Filter) -> SqlParts:
+        return self._rolled_up(where, "rolled_up")
+
+    def _stored(self, ask: Ask, ids: Sequence[str]) -> dict[str, Message]:
+        columns = ", ".join(f"m.{name}" for name in COLUMNS)
+        found = ask(
+            f"SELECT {columns} FROM messages m WHERE m.id IN (SELECT value FROM json_each(?))",
+            [msgspec.json.encode(ids).decode()],
         )
-        return {row[0]: _message(row) for row in found}
+        return {row[0]: message_of(row) for row in found}
 
     @contextmanager
     def _connect(self, timeout_s: float = 5.0, started: float | None = None) -> Iterator[sqlite3.Connection]:
@@ -336,7 +278,8 @@ class SqliteStore:
         return int(version)
 
 
-_SELECT = ", ".join(f"m.{name}" for name in _COLUMNS)
+def _asking(db: sqlite3.Connection) -> Ask:
+    return lambda question, values: db.execute(question, values).fetchall()
 
 
 @contextmanager
@@ -357,125 +300,3 @@ def _is_same(path: Path, opened: os.stat_result) -> bool:
     except OSError:
         return False
     return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
-
-
-def _row(message: Message) -> tuple[Any, ...]:
-    usage = message.usage
-    return (
-        message.id,
-        (message.timestamp - _EPOCH) // _MICROSECOND,
-        message.streamed,
-        msgspec.json.encode(message.tags).decode(),
-        None if message.properties is None else msgspec.json.encode(message.properties).decode(),
-        None if message.tool_usage is None else msgspec.json.encode(message.tool_usage).decode(),
-        *[getattr(message, name) for name in _PLAIN],
-        *([None] * len(_USAGE) if usage is None else [getattr(usage, name) for name in _USAGE]),
-    )
-
-
-def _message(row: Sequence[Any]) -> Message:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    counts = {name: values.pop(name) for name in _USAGE}
-    properties, tool_usage = values.pop("properties"), values.pop("tool_usage")
-    return Message(
-        timestamp=_EPOCH + timedelta(microseconds=values.pop("timestamp_us")),
-        streamed=bool(values.pop("streamed")),
-        tags=msgspec.json.decode(values.pop("tags"), type=tuple[str, ...]),
-        properties=None if properties is None else msgspec.json.decode(properties),
-        tool_usage=None if tool_usage is None else msgspec.json.decode(tool_usage),
-        usage=Usage(**counts) if any(count is not None for count in counts.values()) else None,
-        **values,
-    )
-
-
-def _cost(pusd: int | None) -> Decimal | None:
-    return None if pusd is None else pusd * COST_UNIT
-
-
-def _usage_row(row: Sequence[Any]) -> UsageRow:
-    *counts, dollars_e6, dollars_e12 = row
-    # Summed in two parts, so that no sum of costs overflows 64 bits.
-    cost = None if dollars_e6 is None else (dollars_e6 * 1_000_000 + dollars_e12) * COST_UNIT
-    return UsageRow(*(*counts, cost))
-
-
-def _usage(db: sqlite3.Connection, by: str, where: Filter, zone: str) -> list[UsageRow]:
-    if by not in GROUPS:
-        raise QueryError(f"usage cannot be grouped by {by!r}; choose one of: {', '.join(GROUPS)}")
-    conditions, values = _conditions(where)
-    if by in ("day", "month"):
-        periods = _periods(db, conditions, values, by, zone)
-        if not periods:
-            return []
-        source = (
-            "WITH p AS (SELECT json_extract(value, '$[0]') AS label, json_extract(value, '$[1]') AS start, "
-            f"json_extract(value, '$[2]') AS stop FROM json_each(?)) SELECT p.label, NULL, {_SUMS} FROM p "
-            f"CROSS JOIN messages m ON m.timestamp_us >= p.start AND m.timestamp_us < p.stop {conditions} "
-            "GROUP BY p.label ORDER BY p.label"
-        )
-        values = [msgspec.json.encode(periods).decode(), *values]
-    elif by == "tag":
-        source = (
-            f"SELECT t.value, NULL, {_SUMS} FROM messages m LEFT JOIN json_each(m.tags) t ON 1 {conditions} "
-            "GROUP BY t.value ORDER BY t.value"
-        )
-    else:
-        column = {"key": "m.key", "model": "m.model", "conversation": "m.conversation_id"}[by]
-        owner = "m.key" if by == "conversation" else "NULL"
-        source = (
-            f"SELECT {column}, {owner}, {_SUMS} FROM messages m {conditions} "
-            f"GROUP BY {column}, {owner} ORDER BY {owner}, {column}"
-        )
-    return [_usage_row(row) for row in db.execute(source, values)]
-
-
-def _total(db: sqlite3.Connection, where: Filter) -> UsageRow:
-    conditions, values = _conditions(where)
-    return _usage_row(db.execute(f"SELECT NULL, NULL, {_SUMS} FROM messages m {conditions}", values).fetchone())
-
-
-def _conditions(where: Filter) -> tuple[str, list[Any]]:
-    parts: list[str] = ["1"]
-    values: list[Any] = []
-    for column, value in (("key", where.key), ("model", where.model), ("conversation_id", where.conversation_id)):
-        if value is not None:
-            parts.append(f"m.{column} = ?")
-            values.append(value)
-    if where.no_key:
-        parts.append("m.key IS NULL")
-    for tag in where.tags:
-        parts.append("EXISTS (SELECT 1 FROM json_each(m.tags) WHERE value = ?)")
-        values.append(tag)
-    for comparison, moment in ((">=", where.since), ("<", where.until)):
-        if moment is not None:
-            parts.append(f"m.timestamp_us {comparison} ?")
-            values.append((moment - _EPOCH) // _MICROSECOND)
-    return "WHERE " + " AND ".join(parts), values
-
-
-def _periods(
-    db: sqlite3.Connection, conditions: str, values: list[Any], by: str, zone: str
-) -> list[tuple[str, int, int]]:
-    """(label, start, stop) in microseconds of every day or month, in the zone, that may hold one of the messages."""
-    tz = zone_of(zone)
-    first, last = db.execute(
-        f"SELECT min(m.timestamp_us), max(m.timestamp_us) FROM messages m {conditions}", values
-    ).fetchone()
-    if first is None:
-        return []
-    local = (_EPOCH + timedelta(microseconds=first)).astimezone(tz)
-    day = local.date() if by == "day" else local.date().replace(day=1)
-    periods = []
-    start = None
-    while True:
-        following = day + timedelta(days=1) if by == "day" else (day + timedelta(days=32)).replace(day=1)
-        begin = _midnight_us(day, tz) if start is None else start
-        start = _midnight_us(following, tz)
-        periods.append((day.isoformat() if by == "day" else f"{day:%Y-%m}", begin, start))
-        if start > last:
-            return periods
-        day = following
-
-
-def _midnight_us(day: Any, tz: tzinfo) -> int:
-    return (datetime(day.year, day.month, day.day, tzinfo=tz).astimezone(timezone.utc) - _EPOCH) // _MICROSECOND

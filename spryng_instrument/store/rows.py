@@ -1,0 +1,96 @@
+"""How a message lies in a row: the same columns, names and units in every engine that speaks SQL.
+
+Times are whole microseconds since 1970, costs whole trillionths of a US dollar: both are exact in 64 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from spryng_instrument.message import Message, Usage
+from spryng_instrument.store.base import COST_UNIT, StoredMessage
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MICROSECOND = timedelta(microseconds=1)
+
+USAGE = Usage.__struct_fields__
+TEXTS = (
+    "key", "conversation_id", "query", "operation", "status", "request_model", "response_model", "response_id",
+    "request_id", "service_tier", "host", "error", "call_site", "writer",
+)  # fmt: skip
+INTEGERS = ("retries", "http_status", "sequence")
+REALS = ("latency_ms", "time_to_first_token_ms")
+JSON = ("properties", "tool_usage")
+PLAIN = (*TEXTS, *INTEGERS, *REALS)
+COLUMNS = ("id", "timestamp_us", "streamed", "tags", *JSON, *PLAIN, *USAGE)
+"""What `row_of` makes and `message_of` takes, in this order. `tags` is JSON in SQLite, and an array elsewhere."""
+SELECT = ", ".join(f"m.{name}" for name in (*COLUMNS, "cost_pusd", "price_version"))
+"""What `stored_of` takes."""
+
+
+def row_of(message: Message) -> tuple[Any, ...]:
+    """The values of a message's COLUMNS."""
+    usage = message.usage
+    return (
+        message.id,
+        micros(message.timestamp),
+        message.streamed,
+        msgspec.json.encode(message.tags).decode(),
+        *(None if value is None else msgspec.json.encode(value).decode() for value in
+          (message.properties, message.tool_usage)),
+        *[getattr(message, name) for name in PLAIN],
+        *([None] * len(USAGE) if usage is None else [getattr(usage, name) for name in USAGE]),
+    )  # fmt: skip
+
+
+def message_of(row: Sequence[Any]) -> Message:
+    """The message of a row of COLUMNS."""
+    values = dict(zip(COLUMNS, row, strict=True))
+    counts = {name: values.pop(name) for name in USAGE}
+    tags = values.pop("tags")
+    properties, tool_usage = values.pop("properties"), values.pop("tool_usage")
+    return Message(
+        timestamp=moment(values.pop("timestamp_us")),
+        streamed=bool(values.pop("streamed")),
+        tags=msgspec.json.decode(tags, type=tuple[str, ...]) if isinstance(tags, str) else tuple(tags),
+        properties=None if properties is None else msgspec.json.decode(properties),
+        tool_usage=None if tool_usage is None else msgspec.json.decode(tool_usage),
+        usage=Usage(**counts) if any(count is not None for count in counts.values()) else None,
+        **values,
+    )
+
+
+def stored_of(row: Sequence[Any]) -> StoredMessage:
+    """The message and its cost, of a row of SELECT."""
+    *columns, cost, price_version = row
+    return StoredMessage(message_of(columns), usd(cost), price_version)
+
+
+def is_same(one: Message, other: Message) -> bool:
+    """Whether two messages say the same. A usage without a single count says as much as none."""
+    return one == other or row_of(one) == row_of(other)
+
+
+def micros(time: datetime) -> int:
+    """Microseconds since 1970."""
+    return (time - EPOCH) // _MICROSECOND
+
+
+def moment(us: int) -> datetime:
+    """The time of so many microseconds since 1970, UTC."""
+    return EPOCH + timedelta(microseconds=us)
+
+
+def usd(pusd: int | None) -> Decimal | None:
+    """US dollars of so many trillionths of one."""
+    return None if pusd is None else pusd * COST_UNIT
+
+
+def pusd(usd: Decimal | None) -> int | None:
+    """Trillionths of so many US dollars."""
+    return None if usd is None else int(usd / COST_UNIT)
