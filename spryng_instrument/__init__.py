@@ -39,6 +39,7 @@ def instrument(
     *,
     destination: str | None = None,
     journal: str | os.PathLike[str] | None = None,
+    api_key: str | None = None,
     default_key: str | None = None,
     on_missing_key: Literal["warn", "ignore", "raise"] | None = None,
     capture_query: bool | None = None,
@@ -54,8 +55,10 @@ def instrument(
     changes nothing; with other arguments it says in the log which ones differ.
 
     Args:
-        destination: URL of the ledger. Default: sqlite:///.spryng/usage.db
-        journal: folder where messages wait for delivery. Default: beside the ledger, its name and ".journal".
+        destination: URL of where messages go. Default: sqlite:///.spryng/usage.db; postgresql://, clickhouse://, https://
+            of a Track Usage API, cloudevents+https:// and otlp+https:// are the others.
+        journal: folder where messages wait for delivery. Default: beside a SQLite ledger, its name and ".journal".
+        api_key: key of the service that an http destination is.
         default_key: customer of the calls made outside any usage_context. Default: none, recorded as (no key).
         on_missing_key: what such a call does: "warn" once per line of code (default), "ignore", or "raise"
             MissingKeyError before it is sent.

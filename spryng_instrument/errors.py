@@ -6,6 +6,7 @@
     ├── NotInstrumentedError       track_usage() or flush() before instrument()
     ├── MissingKeyError            no customer's key, where one is required
     ├── UsageError                 a usage that cannot be: negative, no integer, a total that does not add up
+    ├── ApiError                   a message sent to the Track Usage API that cannot be taken
     ├── QueryError                 a report that cannot be made: an unknown --by, an impossible date or zone
     └── StoreError                 the destination does not take messages; they wait in the journal
         ├── StoreBusyError         locked by another process for too long
@@ -42,6 +43,15 @@ class MissingKeyError(SpryngError, ValueError):
 
 class UsageError(SpryngError, ValueError):
     """A usage handed to track_usage() cannot be true. The message names the field and its value."""
+
+
+class ApiError(SpryngError, ValueError):
+    """A message that was sent to the server cannot be taken. The text names the field, its value and what is wrong."""
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        self.field = field
+        shown = "" if value is None else f"={value!r:.100}"
+        super().__init__(f"{field}{shown} {problem}")
 
 
 class QueryError(SpryngError, ValueError):

@@ -196,7 +196,7 @@ class Pump:
         conflicts: list[bytes] = []
         refused: list[bytes] = []
         source = iter(lines)
-        while block := list(islice(source, BATCH)):
+        while block := [line.removesuffix(b"\n") for line in islice(source, BATCH)]:
             batch: dict[int, Message] = {}
             for number, line in enumerate(block):
                 try:

@@ -31,7 +31,7 @@ from spryng_instrument.journal import Journal
 from spryng_instrument.message import Message, encode, new_id
 from spryng_instrument.pump import Pump
 from spryng_instrument.settings import Settings
-from spryng_instrument.store import open_store
+from spryng_instrument.store import open_destination
 from spryng_instrument.usage import Reading, checked_usage, read_reply
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Recorder:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._destination = open_store(settings.destination)
+        self._destination = open_destination(settings.destination, settings.api_key)
         self.journal = Journal(Path(settings.journal), memory_limit=settings.memory_limit, wake=self._wake)
         self.deferred = Deferred(Path(settings.journal))
         self._begin()
@@ -125,6 +125,7 @@ class Recorder:
         """Deliver what can be within exit_timeout_s, and end the thread."""
         self.pump.stop(self.settings.exit_timeout_s)
         self.journal.close()
+        self._destination.close()
 
     def at_exit(self) -> None:
         """The interpreter ends: record the streams that are still open, and deliver."""

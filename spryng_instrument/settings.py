@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from spryng_instrument.errors import SettingsError
 
 DEFAULT_DESTINATION = "sqlite:///.spryng/usage.db"
+DESTINATIONS = {
+    "sqlite": "sqlite:///relative/path.db or sqlite:////absolute/path.db",
+    "https": "https://usage.example.com (a Track Usage API; http:// within a network that is trusted)",
+    "postgresql": "postgresql://user:password@host/database",
+    "clickhouse": "clickhouse://user:password@host:8123/database",
+    "cloudevents+https": "cloudevents+https://openmeter.example.com/api/v1/events",
+    "otlp+https": "otlp+https://collector.example.com:4318",
+}
+"""What messages can be delivered to, by the scheme of its URL, with an example."""
+_ALIASES = {"postgres": "postgresql"}
+_PLAIN_HTTP = ("http", "cloudevents+http", "otlp+http")
 MISSING_KEY_POLICIES = ("warn", "ignore", "raise")
 
 
@@ -24,10 +35,14 @@ class Settings:
     """What instrument() was told, checked and complete."""
 
     destination: str = DEFAULT_DESTINATION
-    """URL of the ledger: sqlite:///relative/path.db or sqlite:////absolute/path.db."""
+    """URL of where messages go: one of DESTINATIONS."""
 
     journal: str = ""
-    """Folder where messages wait until they are delivered. Default: beside the ledger, its name and ".journal"."""
+    """Folder where messages wait until they are delivered. Default: beside a SQLite ledger, its name and ".journal";
+    for another destination in ".spryng", named after it."""
+
+    api_key: str | None = field(default=None, repr=False)
+    """Key of the Track Usage API or other service that an http destination is."""
 
     default_key: str | None = None
     """Customer of the calls made outside any usage_context. None: they are recorded without a key."""
@@ -85,18 +100,31 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str] | None = No
             values[name] = setting.check(where, setting.from_text(where, environ[variable]))
     destination = values.get("destination") or _destination(DEFAULT_DESTINATION, DEFAULT_DESTINATION)
     values["destination"] = destination
-    # Named after its ledger: two ledgers in one folder must not share what waits for them.
-    values.setdefault("journal", f"{sqlite_path(destination)}.journal")
+    values.setdefault("journal", _journal_of(destination))
     return Settings(**values)
 
 
 def differences(first: Settings, other: Settings) -> list[str]:
     """How *other* differs from *first*, a line each: "journal: '/a' (kept), not '/b'"."""
     return [
-        f"{field.name}: {getattr(first, field.name)!r} (kept), not {getattr(other, field.name)!r}"
-        for field in fields(Settings)
-        if getattr(first, field.name) != getattr(other, field.name)
+        f"{each.name}: {_shown(each.name, first)} (kept), not {_shown(each.name, other)}"
+        for each in fields(Settings)
+        if getattr(first, each.name) != getattr(other, each.name)
     ]
+
+
+def without_secrets(url: str) -> str:
+    """A destination URL as it may be shown: without a password, and without parameters that might be one."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query=""))
+
+
+def _shown(name: str, settings: Settings) -> str:
+    value = getattr(settings, name)
+    if name == "api_key":
+        return "(hidden)" if value else repr(value)
+    return repr(without_secrets(value) if name == "destination" else value)
 
 
 def sqlite_path(url: str) -> Path:
@@ -104,14 +132,52 @@ def sqlite_path(url: str) -> Path:
     return Path(os.path.abspath(unquote(urlsplit(url).path[1:])))
 
 
+def _journal_of(destination: str) -> str:
+    """Named after its destination: two of them must not share what waits for them. A new password makes no new one."""
+    parts = urlsplit(destination)
+    if parts.scheme == "sqlite":
+        return f"{sqlite_path(destination)}.journal"
+    from hashlib import sha256
+
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return os.path.abspath(f".spryng/{parts.hostname}-{sha256(place.encode()).hexdigest()[:8]}.journal")
+
+
 def _destination(where: str, value: Any) -> str:
     url = _text(where, value)
-    parts = urlsplit(url)
-    if parts.scheme != "sqlite":
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as exc:
+        raise SettingsError(f"{_hidden(where, url)}: {exc}") from None
+    parts = parts._replace(scheme=_ALIASES.get(parts.scheme, parts.scheme))
+    if parts.scheme == "sqlite":
+        return _sqlite(where, url, parts)
+    where = _hidden(where, url)
+    if parts.scheme not in DESTINATIONS and parts.scheme not in _PLAIN_HTTP:
         raise SettingsError(
-            f"{where}: unknown destination scheme {parts.scheme or url!r}. "
-            "This version delivers to sqlite:///relative/path.db or sqlite:////absolute/path.db."
+            f"{where}: unknown destination scheme {parts.scheme or url!r}. Messages are delivered to "
+            f"{'; '.join(DESTINATIONS.values())}."
         )
+    if not parts.hostname and parts.scheme != "postgresql":  # libpq has its own default, and sockets in ?host=
+        raise SettingsError(
+            f"{where}: name the host, as in {DESTINATIONS.get(parts.scheme) or DESTINATIONS[parts.scheme + 's']}"
+        )
+    if parts.fragment:
+        raise SettingsError(f"{where}: remove {'#' + parts.fragment!r}")
+    if "http" in parts.scheme and parts.username:
+        raise SettingsError(f"{where}: put no key into the URL, it would be logged; give api_key or SPRYNG_API_KEY")
+    return urlunsplit(parts)
+
+
+def _hidden(where: str, url: str) -> str:
+    """The same, without the password of a URL."""
+    userinfo, at, _ = url.rpartition("@")
+    password = userinfo.partition("://")[2].partition(":")[2]
+    return where.replace(f":{password}@", ":***@") if at and password else where
+
+
+def _sqlite(where: str, url: str, parts: SplitResult) -> str:
     if parts.netloc:
         raise SettingsError(f"{where}: a SQLite URL has three slashes or four: sqlite:///{parts.netloc}{parts.path}")
     if parts.query or parts.fragment:
@@ -192,6 +258,7 @@ def _number_text(where: str, text: str) -> float:
 TABLE: dict[str, Setting] = {
     "destination": Setting(_destination, _same),
     "journal": Setting(_folder, _same),
+    "api_key": Setting(_text, _same),
     "default_key": Setting(_text, _same),
     "on_missing_key": Setting(_policy, _same),
     "capture_query": Setting(_flag, _flag_text),

@@ -153,17 +153,18 @@ def usage_of(reported: object) -> Usage | None:
     )
     seconds = get("seconds")
     if seconds is not None:
-        seconds = seconds if type(seconds) in (int, float) and 0 <= seconds <= _MOST else None
+        seconds = seconds if type(seconds) in (int, float) and 0 <= seconds <= MOST else None
     for count in counts:
-        if count is not None and (type(count) is not int or not 0 <= count <= _MOST):
-            counts = tuple(count if type(count) is int and 0 <= count <= _MOST else None for count in counts)
+        if count is not None and (type(count) is not int or not 0 <= count <= MOST):
+            counts = tuple(count if type(count) is int and 0 <= count <= MOST else None for count in counts)
             break
     return None if seconds is None and counts == _NO_COUNTS else Usage(*(*counts, seconds))
 
 
 _NO_COUNTS = (None,) * (len(Usage.__struct_fields__) - 1)
 _NO_FIELDS: Any = {}.get
-_MOST = 10**12  # no model takes as many; sums of millions of such messages still fit 64 bits
+MOST = 10**12
+"""The largest count that is kept: no model takes as many, and sums of millions of them still fit 64 bits."""
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens")
@@ -224,5 +225,5 @@ def _check_count(name: str, count: object) -> None:
         raise UsageError(f"usage: {name}={count!r} must be a whole number, not {type(count).__name__}")
     if count < 0:
         raise UsageError(f"usage: {name}={count} must not be negative")
-    if count > _MOST:
-        raise UsageError(f"usage: {name}={count} is too large; {_MOST} is the most that can be kept")
+    if count > MOST:
+        raise UsageError(f"usage: {name}={count} is too large; {MOST} is the most that can be kept")

@@ -21,6 +21,7 @@ CAPTURE = [
     "usage",
     "tallies",
     "endpoints",
+    "api",
     "journal",
     "deferred",
     "store",
@@ -35,7 +36,8 @@ CAPTURE = [
     "surface",
     "patch",
 ]
-READING = ["errors", "message", "settings", "journal", "deferred", "store", "pump", "prices", "reports", "cli"]
+READING = ["errors", "message", "settings", "usage", "tallies", "endpoints", "api", "journal", "deferred", "store"]
+READING += ["pump", "prices", "reports", "server", "cli"]
 
 
 def imports_of(path: Path) -> set[str]:

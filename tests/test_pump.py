@@ -381,7 +381,7 @@ def test_conflict(metered: Metered, caplog: pytest.LogCaptureFixture) -> None:
     assert "same id and keeps that one" in error
 
 
-@pytest.mark.parametrize("fields", [{"usage": Usage(input_tokens=2**63)}, {"id": "a\0b"}], ids=["too big", "nul"])
+@pytest.mark.parametrize("fields", [{"usage": Usage(input_tokens=2**63)}, {"sequence": 2**63}], ids=["count", "number"])
 def test_refused_message_holds_up_no_other(
     metered: Metered, caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import spryng_instrument
 from spryng_instrument.errors import NotInstrumentedError, SettingsError
-from spryng_instrument.settings import TABLE, Settings, env_name, resolve
+from spryng_instrument.settings import TABLE, Settings, differences, env_name, resolve, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,13 @@ from spryng_instrument.settings import TABLE, Settings, env_name, resolve
         ({"destination": "sqlite:///"}, "name a file"),
         ({"destination": "sqlite:///:memory:"}, "a ledger in memory would be lost"),
         ({"destination": "sqlite:///a.db?mode=ro"}, "takes no parameters; remove '?mode=ro'"),
+        ({"destination": "https:///path"}, "name the host, as in https://usage.example.com"),
+        ({"destination": "https://h:port/"}, "Port could not be cast"),
+        ({"destination": "clickhouse://"}, "name the host, as in clickhouse://user:password@host:8123/database"),
+        ({"destination": "https://key@h/"}, "put no key into the URL"),
+        ({"destination": "https://h/#x"}, "remove '#x'"),
+        ({"destination": "redis://me:secret@h/"}, "destination='redis://me:***@h/': unknown destination scheme"),
+        ({"api_key": ""}, "api_key='': must be a string that is not empty"),
         ({"journal": ""}, "journal='': must be a string"),
         ({"default_key": ""}, "default_key=''"),
         ({"on_missing_key": "explode"}, "must be one of 'warn', 'ignore', 'raise'"),
@@ -82,6 +89,33 @@ def test_paths_stay_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert settings.destination == f"sqlite:///{tmp_path}/.spryng/usage.db"
     assert settings.journal == f"{tmp_path}/.spryng/usage.db.journal"
     assert resolve({"destination": settings.destination}, {}).destination == settings.destination
+
+
+def test_each_destination_has_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for one destination is never delivered to another; a new password finds what waits."""
+    monkeypatch.chdir(tmp_path)
+
+    def journal(url: str) -> str:
+        return resolve({"destination": url}, {}).journal
+
+    old, new = journal("postgresql://me:old@db/usage"), journal("postgres://me:new@db/usage?sslmode=require")
+    assert old == new
+    assert old.startswith(f"{tmp_path}/.spryng/db-")
+    assert old.endswith(".journal")
+    urls = ["postgresql://db/usage", "postgresql://db/other", "https://db/usage", "https://db:8443/usage"]
+    assert len({journal(url) for url in urls}) == 4
+
+
+def test_no_secret_is_shown() -> None:
+    """Neither the log of a second instrument() nor a setting's text has a password or a key in it."""
+    one = resolve({"destination": "postgresql://me:secret@db/usage?password=secret", "api_key": "secret"}, {})
+    other = resolve({"destination": "postgresql://me:other@db/usage2", "api_key": "another"}, {})
+    said = " ".join(differences(one, other))
+    assert "secret" not in said
+    assert "other" not in said.replace("another", "")
+    assert "postgresql://me@db/usage" in said
+    assert "(hidden) (kept)" in said
+    assert "secret" not in without_secrets(one.destination)
 
 
 def test_one_table_of_settings() -> None:

@@ -27,7 +27,7 @@ from spryng_instrument.errors import StoreError
 from spryng_instrument.journal import SUFFIX, aside_lines, count_lines
 from spryng_instrument.message import decode
 from spryng_instrument.prices import price_source, rate
-from spryng_instrument.settings import Settings, sqlite_path
+from spryng_instrument.settings import Settings, sqlite_path, without_secrets
 from spryng_instrument.store.base import Health, Store
 
 STUCK_AFTER_S = 60.0
@@ -82,7 +82,7 @@ class Examination:
             "warnings": self.warnings,
             "versions": self.versions,
             "seams": self.seams,
-            "destination": self.settings.destination,
+            "destination": without_secrets(self.settings.destination),
             "ledger": self.ledger,
             "journal": self.settings.journal,
             "recorded": self.recorded,
@@ -101,7 +101,7 @@ class Examination:
         found = {True: "found", False: "MISSING"}
         _facts("versions", [f"{name} {number or 'not installed'}" for name, number in self.versions.items()])
         _facts("instruments", [f"{name}: {found[there]}" for name, there in self.seams.items()])
-        _facts("ledger", [f"{self.settings.destination} ({self.ledger})"])
+        _facts("ledger", [f"{without_secrets(self.settings.destination)} ({self.ledger})"])
         _facts("journal", [self.settings.journal])
         lost = sum(self.lost.values())
         _facts(

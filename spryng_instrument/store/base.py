@@ -53,6 +53,10 @@ class Destination(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of connections. Used again, it makes new ones."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Filter:

@@ -189,6 +189,9 @@ class SqliteStore(SqlStore):
         with self._connect() as db, _transaction(db):
             db.execute(f"REPLACE INTO api_keys ({', '.join(API_KEY)}) VALUES (?, ?, ?, ?, ?, ?)", api_key_row(key))
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
     @contextmanager
     def _reading(self) -> Iterator[Ask]:
         with self._connect() as db, _transaction(db, "DEFERRED"):
