@@ -158,7 +158,10 @@ def message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
     ):  # fmt: skip
         if fields[name] is None:
             fields[name] = said
-    return decode(encode(Message(**fields))), sent.timestamp is not None
+    message = Message(**fields)
+    if b"\\u0000" in memoryview(raw).tobytes():
+        message = decode(encode(message))  # which escapes it
+    return message, sent.timestamp is not None
 
 
 def _decoded(raw: bytes | msgspec.Raw) -> TrackUsage:
@@ -236,8 +239,8 @@ def _check(sent: TrackUsage, now: datetime) -> None:
     for name, text in texts.items():
         if text is not None and (not text.strip() or len(text) > MAX_TEXT):
             raise ApiError(name, text, f"must have 1 to {MAX_TEXT} characters, not {len(text)} or only blanks")
-    if sent.message_id is not None and not sent.message_id.isprintable():
-        raise ApiError("messageId", sent.message_id, "must have no control characters")
+    if sent.message_id is not None and (" " in sent.message_id or not sent.message_id.isprintable()):
+        raise ApiError("messageId", sent.message_id, "must have no blanks and no control characters")
     if sent.key == "":
         raise ApiError("key", "", "must not be empty")
     if len(sent.tags or ()) > MAX_TAGS:

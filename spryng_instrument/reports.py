@@ -14,7 +14,7 @@ from typing import Any
 
 from spryng_instrument.errors import QueryError
 from spryng_instrument.prices import Rated, rate
-from spryng_instrument.store.base import Filter, Store, StoredMessage, UsageRow, zone_of
+from spryng_instrument.store.base import Conversation, Filter, Store, StoredMessage, UsageRow, zone_of
 
 NONE_LABELS = {"key": "(no key)", "conversation": "(no conversation)", "tag": "(no tag)", "model": "(unknown)"}
 """How a group is called whose messages have none."""
@@ -122,6 +122,17 @@ def message_record(row: StoredMessage, zone: tzinfo = timezone.utc) -> dict[str,
     record["tags"] = list(message.tags)
     record["usage"] = None if usage is None else {name: getattr(usage, name) for name in usage.__struct_fields__}
     return {**record, "cost_usd": decimal_text(row.cost_usd), "price_version": row.price_version}
+
+
+def conversation_record(row: Conversation, zone: tzinfo = timezone.utc) -> dict[str, Any]:
+    """A conversation as JSON has it: whose it is, when it was, and what was used in it."""
+    return {
+        "key": row.usage.key,
+        "conversation": row.usage.group,
+        "first": row.first.astimezone(zone).isoformat(),
+        "last": row.last.astimezone(zone).isoformat(),
+        **_counts(row.usage),
+    }
 
 
 def _counts(row: UsageRow) -> dict[str, Any]:

@@ -116,6 +116,8 @@ def differences(first: Settings, other: Settings) -> list[str]:
 def without_secrets(url: str) -> str:
     """A destination URL as it may be shown: without a password, and without parameters that might be one."""
     parts = urlsplit(url)
+    if not parts.netloc:
+        return url.partition("?")[0]
     user, at, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query=""))
 

@@ -167,8 +167,8 @@ MOST = 10**12
 """The largest count that is kept: no model takes as many, and sums of millions of them still fit 64 bits."""
 
 
-_COUNTS = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens")
-_DETAILS = {
+COUNTS = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens")
+DETAILS = {
     "prompt_tokens_details": True,
     "input_tokens_details": True,
     "completion_tokens_details": False,
@@ -189,19 +189,19 @@ def checked_usage(reported: object) -> Usage:
             '{"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}'
         )
     for name, count in fields.items():
-        if name in _DETAILS:
+        if name in DETAILS:
             for part, part_count in fields_of(count).items():
                 _check_count(f"{name}.{part}", part_count)
-        elif name in _COUNTS:
+        elif name in COUNTS:
             _check_count(name, count)
         elif isinstance(reported, Mapping):
-            raise UsageError(f"usage has no field {name!r}; it has: {', '.join((*_COUNTS, *_DETAILS))}")
+            raise UsageError(f"usage has no field {name!r}; it has: {', '.join((*COUNTS, *DETAILS))}")
     for one, other in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
         if None not in (fields.get(one), fields.get(other)) and fields[one] != fields[other]:
             raise UsageError(f"usage: {one}={fields[one]} and {other}={fields[other]} contradict; give one of them")
     usage = usage_of(reported)
     if usage is None:
-        raise UsageError(f"usage={reported!r}: holds no count; give one of: {', '.join(_COUNTS)}")
+        raise UsageError(f"usage={reported!r}: holds no count; give one of: {', '.join(COUNTS)}")
     parts = (usage.input_tokens or 0) + (usage.output_tokens or 0)
     if (
         usage.total_tokens is not None

@@ -109,7 +109,7 @@ def test_our_own_fields() -> None:
         ('{"key": "a", "tags": "b"}', "tags='b' Expected"),
         ('{"key": "a", "tags": [' + '"t",' * MAX_TAGS + '"t"]}', "tags=1001 are too many; 1000 are allowed"),
         ('{"key": "a", "messageId": ""}', "messageId='' must have 1 to 255"),
-        ('{"key": "a", "messageId": "a\\u0000b"}', "must have no control characters"),
+        ('{"key": "a", "messageId": "a\\u0000b"}', "must have no blanks and no control"),
         ('{"key": "a", "timestamp": "2026-11-22T12:00:00"}', "timestamp='2026-11-22T12:00:00' has no zone"),
         ('{"key": "a", "timestamp": "yesterday"}', "timestamp='yesterday' Invalid RFC3339"),
         ('{"key": "a", "timestamp": "2026-11-22T12:05:01Z"}', "is in the future; it is 2026-11-22T12:00:00+00:00"),

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import reduce
 from typing import Any, NoReturn, TypeVar
 
@@ -16,9 +16,18 @@ from click.core import ParameterSource
 
 from spryng_instrument import __version__
 from spryng_instrument.cli.ledger import deliver_waiting, open_ledger, settings_of
-from spryng_instrument.cli.printing import message_line, print_messages, print_messages_csv, print_usage, say_gaps
+from spryng_instrument.cli.printing import (
+    key_record,
+    message_line,
+    print_keys,
+    print_messages,
+    print_messages_csv,
+    print_usage,
+    say_gaps,
+)
 from spryng_instrument.cli.tables import note, print_csv, print_json
 from spryng_instrument.errors import (
+    MissingExtraError,
     QueryError,
     SchemaTooNewError,
     SettingsError,
@@ -29,6 +38,7 @@ from spryng_instrument.errors import (
 from spryng_instrument.prices import price_of, rate
 from spryng_instrument.reports import decimal_text, message_record, period, usage_report
 from spryng_instrument.settings import DEFAULT_DESTINATION
+from spryng_instrument.store import open_store
 from spryng_instrument.store.base import GROUPS, Filter, Page, Store, StoredMessage, zone_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -240,6 +250,81 @@ def demo(ctx: click.Context, live: bool, calls: int | None, destination: str | N
     from spryng_instrument.cli.demo import run
 
     ctx.exit(run(live=live, calls=calls, destination=destination))
+
+
+@commands.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8321, show_default=True)
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes.")
+@click.option("--destination", metavar="URL", help=f"The ledger. [SPRYNG_DESTINATION; {DEFAULT_DESTINATION}]")
+def serve(host: str, port: int, workers: int, destination: str | None) -> None:
+    """Serve the Track Usage API: takes messages of many machines, and answers what was used.
+
+    Without an API key it listens on this machine only. SIGTERM ends it, once what it accepted is recorded.
+    """
+    with _needs_server():
+        from spryng_instrument.server import serve as server
+    settings = settings_of(destination, None)
+    note(server.check(settings, host))
+    note(server.describe(settings, host, port))
+    server.serve(settings, host=host, port=port, workers=workers)
+
+
+@commands.group()
+def keys() -> None:
+    """API keys of the server: who may send messages, and who may read."""
+
+
+key_options = click.option("--destination", metavar="URL", help="The server's ledger. [SPRYNG_DESTINATION]")
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--scope", "scopes", type=click.Choice(["ingest", "read"]), multiple=True, help="[ingest]; again: both.")
+@key_options
+def create(name: str, scopes: tuple[str, ...], destination: str | None) -> None:
+    """Make a key, for an application or a person of that NAME. It is shown once, on stdout."""
+    with _needs_server():
+        from spryng_instrument.server import keys as ring
+    key, text = ring.create(open_store(settings_of(destination, None).destination), name, scopes or ("ingest",))
+    note(f"Key {key.id} of {name}, to {' and '.join(key.scopes)}. It is not kept here, and cannot be shown again:")
+    click.echo(text)
+
+
+@keys.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="One object a line.")
+@key_options
+def list_keys(as_json: bool, destination: str | None) -> None:
+    """Every key there is, the oldest first; not what it is, of which only a digest is kept."""
+    found = open_store(settings_of(destination, None).destination, create=False).api_keys()
+    if as_json:
+        for key in found:
+            print_json(key_record(key), indent=None)
+    elif found:
+        print_keys(found)
+    else:
+        note("No key was made. Make one: spryng keys create NAME")
+
+
+@keys.command()
+@click.argument("id")
+@key_options
+def revoke(id: str, destination: str | None) -> None:
+    """Refuse the key with that ID from now on; a running server does within 5 seconds."""
+    with _needs_server():
+        from spryng_instrument.server import keys as ring
+    key = ring.revoke(open_store(settings_of(destination, None).destination, create=False), id)
+    note(f"Key {key.id} of {key.name} is revoked.")
+
+
+@contextmanager
+def _needs_server() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.split(".")[0] not in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+            raise  # it is there, but broken: show its own error
+        raise MissingExtraError("server", "the server") from exc
 
 
 @commands.command(add_help_option=False)

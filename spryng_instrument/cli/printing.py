@@ -10,7 +10,7 @@ from typing import Any
 from spryng_instrument.cli.tables import Column, decimals_for, many, money, note, print_csv, print_table, printable
 from spryng_instrument.message import Message, Usage
 from spryng_instrument.reports import UsageReport, label
-from spryng_instrument.store.base import StoredMessage, zone_of
+from spryng_instrument.store.base import ApiKey, StoredMessage, zone_of
 
 
 def print_usage(report: UsageReport) -> None:
@@ -113,6 +113,23 @@ def print_messages_csv(records: Sequence[dict[str, Any]]) -> None:
             for record in records
         ),
     )
+
+
+def print_keys(keys: Sequence[ApiKey]) -> None:
+    """The table for people."""
+    columns = [Column("id"), Column("name", fold=True), Column("scopes"), Column("created"), Column("revoked")]
+    print_table(columns, [[text or "-" for text in key_record(key).values()] for key in keys])
+
+
+def key_record(key: ApiKey) -> dict[str, str | None]:
+    """A key as JSON has it, in the order of the table."""
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": " ".join(key.scopes),
+        "created": f"{key.created:%Y-%m-%d %H:%M}",
+        "revoked": None if key.revoked is None else f"{key.revoked:%Y-%m-%d %H:%M}",
+    }
 
 
 def message_line(row: StoredMessage, zone: tzinfo) -> str:

@@ -1,0 +1,84 @@
+"""Reads a request's body: so many bytes at most, decompressed too, and within a time."""
+
+from __future__ import annotations
+
+import zlib
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+
+from spryng_instrument.api import MAX_BYTES
+
+BODY_S = 20.0
+"""Seconds for a body to arrive."""
+
+
+class Refused(Exception):
+    """A request that is answered with an error: its status, the field that is wrong, and what is wrong with it."""
+
+    def __init__(self, status: int, field: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.field, self.message, self.headers = status, field, message, headers
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request of JSON.
+
+    Raises:
+        Refused: it is too large, too slow, of another type, or damaged.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a web page can send others to any server, without being asked
+        raise Refused(415, "Content-Type", f"{kind!r} is not taken; send application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip"):
+        raise Refused(415, "Content-Encoding", f"{encoding!r} is not taken; send gzip or none")
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > MAX_BYTES:
+        raise _too_large()
+    try:
+        with anyio.fail_after(BODY_S):
+            return await (_plain(request) if encoding == "identity" else _unzipped(request))
+    except TimeoutError:
+        raise Refused(408, "body", f"did not arrive within {BODY_S:.0f} s", {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise Refused(400, "body", "was cut off") from None
+
+
+async def _plain(request: Request) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BYTES:
+            raise _too_large()
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _unzipped(request: Request) -> bytes:
+    unzip = zlib.decompressobj(wbits=31)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            if unzip.eof and part:
+                raise Refused(400, "body", "has something after its gzip data")
+            text = unzip.decompress(part, MAX_BYTES + 1 - size)
+            size += len(text)
+            if size > MAX_BYTES:
+                raise _too_large()
+            if unzip.unused_data:
+                raise Refused(400, "body", "has something after its gzip data")
+            parts.append(text)
+    except zlib.error as exc:
+        raise Refused(400, "body", f"is no gzip data: {exc}") from None
+    if not unzip.eof:
+        raise Refused(400, "body", "is gzip data that is cut off")
+    return b"".join(parts)
+
+
+def _too_large() -> Refused:
+    return Refused(
+        413, "body", f"is larger than {MAX_BYTES} bytes; send fewer messages at a time", {"Connection": "close"}
+    )
