@@ -37,7 +37,7 @@ CAPTURE = [
     "patch",
 ]
 READING = ["errors", "message", "settings", "usage", "tallies", "endpoints", "api", "journal", "deferred", "store"]
-READING += ["pump", "prices", "reports", "server", "cli"]
+READING += ["pump", "prices", "reports", "copying", "server", "cli"]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -25,7 +25,7 @@ from spryng_instrument.cli.printing import (
     print_usage,
     say_gaps,
 )
-from spryng_instrument.cli.tables import note, print_csv, print_json
+from spryng_instrument.cli.tables import many, note, print_csv, print_json
 from spryng_instrument.errors import (
     MissingExtraError,
     QueryError,
@@ -41,6 +41,8 @@ from spryng_instrument.settings import DEFAULT_DESTINATION
 from spryng_instrument.store import open_store
 from spryng_instrument.store.base import GROUPS, Filter, Page, Store, StoredMessage, zone_of
 
+LISTED = 10
+"""Conflicts and differences that are listed."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -268,6 +270,33 @@ def serve(host: str, port: int, workers: int, destination: str | None) -> None:
     note(server.check(settings, host))
     note(server.describe(settings, host, port))
     server.serve(settings, host=host, port=port, workers=workers)
+
+
+@commands.command()
+@click.argument("source")
+@click.argument("target")
+@click.pass_context
+def copy(ctx: click.Context, source: str, target: str) -> None:
+    """Copy a ledger from the SOURCE URL to the TARGET URL, whatever engines they are, and compare them.
+
+    Cut off, it is begun again with the same command: what is there is skipped. Applications may go on writing to the
+    source; copy again once they write to the target. Exit code 3 if the ledgers differ in the end.
+    """
+    from spryng_instrument.copying import copy as copy_ledger
+
+    given = open_store(settings_of(source, None).destination, create=False)
+    taking = open_store(settings_of(target, None).destination)
+    with click.progressbar(length=given.health().messages, label="Copying", file=sys.stderr) as bar:
+        copied = copy_ledger(given, taking, bar.update)
+    note(f"{many(copied.new, 'message')} copied, {copied.there:,} were there already.")
+    for id in copied.conflicts[:LISTED]:
+        note(f"Conflict: the target has another message {id}, and keeps it.")
+    for line in copied.differences[:LISTED]:
+        note(f"Difference: {line}")
+    if copied.conflicts or copied.differences:
+        note(f"{many(len(copied.conflicts), 'conflict')}, {many(len(copied.differences), 'difference')}.")
+        ctx.exit(3)
+    note("Compared: the target has all that the source has.")
 
 
 @commands.group()
