@@ -78,6 +78,8 @@ class SqlStore:
 
     def _rolled_up(self, where: Filter, rollups: str) -> SqlParts:
         """FACTS from *rollups*, but for what is less than a bucket at both ends: that comes from the messages."""
+        if where.conversation_id is not None:  # few messages, and found by their index
+            return self._message_facts(where)
         since = None if where.since is None else -(-micros(where.since) // BUCKET_US) * BUCKET_US
         until = None if where.until is None else micros(where.until) // BUCKET_US * BUCKET_US
         if since is not None and until is not None and since >= until:
