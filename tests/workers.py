@@ -132,8 +132,8 @@ def say(**facts: Any) -> None:
 # --- killed at random moments
 
 
-def calls_for_ever(folder: Path, kind: int) -> None:
-    instrument(folder)
+def calls_for_ever(folder: Path, kind: int, pause_s: float = 0.0, **settings: Any) -> None:
+    instrument(folder, **settings)
     returned = Returned(folder)
     if kind % 4 == 3:
 
@@ -141,10 +141,12 @@ def calls_for_ever(folder: Path, kind: int) -> None:
             sdk = async_client()
             while True:
                 returned.add((await sdk.chat.completions.create(**ASK)).id)
+                await asyncio.sleep(pause_s)
 
         asyncio.run(loop())
     sdk = client()
     for number in count():
+        time.sleep(pause_s)
         call(sdk, returned, stream=kind % 2 == 1 and number % 2 == 1)
 
 
