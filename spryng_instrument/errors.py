@@ -61,6 +61,11 @@ class QueryError(SpryngError, ValueError):
 class StoreError(SpryngError):
     """The destination does not take messages now. Nothing is lost: they wait in the journal."""
 
+    def __init__(self, text: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+        """For how long the destination asked to be left alone. None: it did not."""
+
 
 class StoreBusyError(StoreError):
     """Another process held the destination locked for too long."""

@@ -7,9 +7,10 @@ repeated until then, and the destination keeps each id once. This module knows n
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -72,6 +73,7 @@ class Pump:
     def flush(self, timeout_s: float, *, orphans: bool = False) -> bool:
         """Deliver now, in this thread. Returns whether all that this process recorded is at the destination."""
         deadline = time.monotonic() + timeout_s
+        grown_s = 0.0
         while True:
             left = deadline - time.monotonic()
             if self._draining.acquire(timeout=max(left, 0)):
@@ -85,7 +87,8 @@ class Pump:
                 return True
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(min(0.02, max(deadline - time.monotonic(), 0)))
+            wait_s, grown_s = self._wait_s(grown_s, 0.02, 0.5) if self.failure else (0.02, 0.0)
+            time.sleep(min(wait_s, max(deadline - time.monotonic(), 0)))
 
     def stop(self, timeout_s: float) -> bool:
         """Deliver what can be within the time, and end the thread. What is left stays in the journal."""
@@ -97,7 +100,7 @@ class Pump:
         return done
 
     def _run(self) -> None:
-        wait_s = 0.0
+        wait_s = grown_s = 0.0
         while not self._stop.is_set():
             if not wait_s:
                 self._signal.acquire(timeout=ORPHANS_EVERY_S)
@@ -108,12 +111,21 @@ class Pump:
                     self._drain(None)
                     if self.failure is None and time.monotonic() - self._orphans_at >= ORPHANS_EVERY_S:
                         self._drain_orphans(None)
-                        self._orphans_at = time.monotonic()
                 except Exception:
                     log.exception("delivering failed on a bug; messages wait in the journal and are tried again")
                     wait_s = LONGEST_WAIT_S
                     continue
-            wait_s = min(wait_s * 2 or self._beat_s, LONGEST_WAIT_S) if self.failure else 0.0
+            wait_s, grown_s = self._wait_s(grown_s, self._beat_s, LONGEST_WAIT_S) if self.failure else (0.0, 0.0)
+
+    def _wait_s(self, grown_s: float, first_s: float, longest_s: float) -> tuple[float, float]:
+        """After a failure: how long to wait, and what that grew from.
+
+        It doubles from failure to failure. Half of it is random: many processes that failed together come back one by
+        one. What the destination asks for is the least.
+        """
+        grown_s = min(grown_s * 2 or first_s, longest_s)
+        asked_s = getattr(self.failure, "retry_after_s", None) or 0.0
+        return max(random.uniform(grown_s / 2, grown_s), asked_s * random.uniform(1, 1.1)), grown_s
 
     def _drain(self, deadline: float | None) -> None:
         """Deliver everything of this process. What goes wrong is in `failure`, and said once."""
@@ -145,12 +157,14 @@ class Pump:
 
     def _drain_orphans(self, deadline: float | None) -> None:
         failure = None
+        self._orphans_at = time.monotonic()
         for path in self.journal.orphans():
             try:
                 segment = self.journal.claim(path)
                 if segment is not None:
                     self._deliver(segment, deadline)
             except StoreError as exc:
+                self._orphans_at += exc.retry_after_s or 0.0
                 failure = f"messages of other processes wait in the journal at {self.journal.folder}: {exc}"
                 break
             except OSError as exc:
@@ -196,7 +210,10 @@ class Pump:
         conflicts: list[bytes] = []
         refused: list[bytes] = []
         source = iter(lines)
-        while block := [line.removesuffix(b"\n") for line in islice(source, BATCH)]:
+        # A destination may want fewer at once, to get something done in each call.
+        while block := [
+            line.removesuffix(b"\n") for line in islice(source, getattr(self.destination, "batch_size", BATCH))
+        ]:
             batch: dict[int, Message] = {}
             for number, line in enumerate(block):
                 try:
@@ -237,8 +254,13 @@ _WHAT_TO_DO = {
 }
 
 
-def deliver_orphans(folder: Path, destination: Destination, *, timeout_s: float = 5.0) -> int:
+def deliver_orphans(
+    folder: Path, destination: Destination, *, timeout_s: float = 5.0, said: Callable[[int], None] = lambda count: None
+) -> int:
     """Deliver what dead processes left in *folder*; for the command line. Returns how many messages were delivered.
+
+    Args:
+        said: told of each segment's number as soon as it is delivered.
 
     Raises:
         StoreError: the destination does not take them now.
@@ -254,7 +276,9 @@ def deliver_orphans(folder: Path, destination: Destination, *, timeout_s: float 
             segment = journal.claim(path)
             if segment is not None:
                 lines = sum(1 for line in segment.lines() if line.strip())
-                count += lines - pump._deliver(segment, deadline)
+                lines -= pump._deliver(segment, deadline)
+                count += lines
+                said(lines)
     finally:
         journal.close()
     return count

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from typing import Literal
 
 Mode = Literal["pass", "delay", "cut", "lose answers"]
-MODES: tuple[Mode, ...] = ("pass", "delay", "cut", "lose answers")
 
 
 class Proxy:

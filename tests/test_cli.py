@@ -36,6 +36,8 @@ from spryng_instrument.message import Message, Usage, encode, new_id
 from spryng_instrument.prices import Source
 from spryng_instrument.store.sqlite import SqliteStore
 
+from .scripted import ScriptedServer, TrackUsageServer
+
 NOON = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
 ESCAPE = "\x1b["
 
@@ -572,6 +574,137 @@ def test_without_the_extra(here: Path) -> None:
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "spryng needs click: pip install 'spryng-instrument[cli]'\n"
+
+
+# --- push, and destinations that cannot be read -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackUsageServer]:
+    """A Track Usage API, which is the destination."""
+    api = TrackUsageServer()
+    server = ScriptedServer(api)
+    monkeypatch.setenv("SPRYNG_DESTINATION", server.url)
+    monkeypatch.setenv("SPRYNG_JOURNAL", "journal")
+    yield api
+    server.close()
+
+
+def test_push_delivers_to_a_server(api: TrackUsageServer) -> None:
+    """What dead processes left is delivered by hand; with nothing left there is nothing to do."""
+    leave(Path("journal"), a(), a(1))
+    leave(Path("journal"), a(2))
+
+    result = spryng("push")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.fullmatch(r"3 messages delivered to http://127.0.0.1:\d+\n", result.stdout)
+    assert len(api.kept) == 3
+    assert spryng("push").stdout.startswith("0 messages delivered")
+
+
+def test_push_delivers_to_a_ledger() -> None:
+    """Any kind of destination will do."""
+    leave(Path(".spryng/usage.db.journal"), a())
+    assert spryng("push").stdout == f"1 message delivered to sqlite:///{Path('.spryng/usage.db').absolute()}\n"
+    assert len(SqliteStore(".spryng/usage.db").messages().rows) == 1
+
+
+def test_push_tries_again(api: TrackUsageServer) -> None:
+    """Within its time it goes on until everything is delivered."""
+    leave(Path("journal"), a())
+    api.script = ["500", "lost", "ok"]
+    assert spryng("push").exit_code == 0
+    assert len(api.kept) == 1
+
+
+def test_push_says_what_is_left(api: TrackUsageServer) -> None:
+    """Exit code 1, how many were left, and why."""
+    leave(Path("journal"), a(), a(1))
+    api.script = ["401"] * 50
+
+    result = spryng("push", "--timeout", "0.1")
+
+    assert (result.exit_code, result.stdout[:20]) == (1, "0 messages delivered")
+    assert "2 messages left in" in result.stderr
+    assert "it wants an API key. Set api_key or SPRYNG_API_KEY" in result.stderr
+
+
+def test_push_leaves_a_running_process_its_own(api: TrackUsageServer) -> None:
+    """What a running process holds is its own to deliver."""
+    journal = Journal(Path("journal"), memory_limit=0, wake=lambda: None)
+    journal.append(encode(a()) + b"\n")
+    try:
+        result = spryng("push", "--timeout", "0")
+    finally:
+        journal.close()
+    assert result.exit_code == 1
+    assert "1 message left in" in result.stderr
+    assert "a running process holds them" in result.stderr
+
+
+def test_push_says_what_was_set_aside(api: TrackUsageServer) -> None:
+    """A message that the server can never take is no success."""
+    leave(Path("journal"), bad := a(), a(1))
+    api.refuses = {bad.id}
+
+    result = spryng("push")
+
+    assert (result.exit_code, result.stdout[:19]) == (1, "1 message delivered")
+    assert "1 line set aside" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["usage", "messages", "tail"])
+def test_a_destination_that_cannot_be_read(api: TrackUsageServer, command: str) -> None:
+    """One line says so, with exit code 2; nothing is delivered for it."""
+    leave(Path("journal"), a())
+    result = spryng(command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: http:// takes messages, but cannot be read from here")
+    assert not api.kept
+
+
+def test_doctor_of_a_server(api: TrackUsageServer) -> None:
+    """It delivers what waits, and says whether the server would take a message; what it has is not asked."""
+    leave(Path("journal"), a(writer="w", sequence=7))
+
+    code, found = examined()
+
+    assert (code, found["ledger"], found["waiting"], found["problems"]) == (0, "write-only", 0, [])
+    assert len(api.kept) == 1
+    assert "0 waiting" in spryng("doctor").stdout
+    assert "recorded =" not in spryng("doctor").stdout
+
+    api.script = ["403"]
+    code, found = examined()
+    assert (code, found["ledger"]) == (3, "unusable")
+    assert "may not send messages" in found["problems"][0]
+
+
+def test_doctor_of_a_server_without_batches(api: TrackUsageServer) -> None:
+    """One that takes single messages only is well, too; one that takes none is not."""
+    api.batches = False
+    api.script = ["400"]
+    assert examined()[0] == 0
+    api.script = ["404"]
+    assert "Correct the destination's URL" in examined()[1]["problems"][0]
+
+
+def test_doctor_of_a_shared_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is not there may wait on another machine: it is a warning, no proven loss.
+
+    The ledger is SQLite's here; that many machines share it is what the URL says.
+    """
+    store = record(a(writer="w", sequence=1), a(1, writer="w", sequence=5))
+    monkeypatch.setattr("spryng_instrument.cli.doctor.open_ledger", lambda settings: store)
+
+    code, found = examined("--destination", "postgresql://db.example.com/usage")
+
+    assert (code, found["ledger"], found["delivered"], found["lost"]) == (0, "ok", 2, {})
+    assert found["warnings"] == [
+        "3 messages, numbered by w, neither in the ledger nor in this machine's journal. They may wait in another "
+        "machine's: `spryng push` there. What none has is lost"
+    ]
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

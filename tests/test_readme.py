@@ -25,6 +25,7 @@ SHOWS = {
     "spryng usage --by day --tz Europe/Berlin --key acme --json": r'"messages": 3,',
     "spryng usage --by tag --format csv": r"^classification,1,",
     "spryng messages --limit 5": r"acme",
+    "spryng push": r"^0 messages delivered to sqlite:///",
     "spryng doctor": r"4 recorded = 4 delivered",
     "spryng run -- python app.py": r"Stats\(recorded=3",
 }

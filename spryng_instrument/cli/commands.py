@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from spryng_instrument import __version__
-from spryng_instrument.cli.ledger import deliver_waiting, open_ledger, settings_of
+from spryng_instrument.cli.ledger import deliver_waiting, open_ledger, push, settings_of
 from spryng_instrument.cli.printing import (
     key_record,
     message_line,
@@ -37,7 +37,7 @@ from spryng_instrument.errors import (
 )
 from spryng_instrument.prices import price_of, rate
 from spryng_instrument.reports import decimal_text, message_record, period, usage_report
-from spryng_instrument.settings import DEFAULT_DESTINATION
+from spryng_instrument.settings import DEFAULT_DESTINATION, without_secrets
 from spryng_instrument.store import open_store
 from spryng_instrument.store.base import GROUPS, Filter, Page, Store, StoredMessage, zone_of
 
@@ -239,6 +239,27 @@ def doctor(ctx: click.Context, as_json: bool, destination: str | None, journal: 
     ctx.exit(3 if examination.problems else 0)
 
 
+@commands.command("push")
+@click.option(
+    "--timeout", type=click.FloatRange(0, 86_400), default=30.0, show_default=True, help="Seconds to try for."
+)
+@ledger_options
+@click.pass_context
+def push_command(ctx: click.Context, timeout: float, destination: str | None, journal: str | None) -> None:
+    """Deliver now what dead processes left in the journal, to any kind of destination.
+
+    Exit code 1 if something is left, or had to be set aside because the destination can never take it.
+    """
+    settings = settings_of(destination, journal)
+    pushed = push(settings, timeout)
+    click.echo(f"{many(pushed.delivered, 'message')} delivered to {without_secrets(settings.destination)}")
+    if pushed.left:
+        note(f"{many(pushed.left, 'message')} left in {settings.journal}: {pushed.reason}")
+    if pushed.set_aside:
+        note(f"{many(pushed.set_aside, 'line')} set aside: `spryng doctor` says where, the lines above why")
+    ctx.exit(1 if pushed.left or pushed.set_aside else 0)
+
+
 @commands.command()
 @click.option("--live", is_flag=True, help="Call the real OpenAI API with OPENAI_API_KEY: costs a few cents.")
 @click.option("--calls", type=click.IntRange(8, 10_000), help="How many. [200; with --live 16]")
@@ -371,10 +392,11 @@ def _filter(given: dict[str, Any], zone: str) -> Filter:
 
 def _ledger(given: dict[str, Any]) -> Store:
     settings = settings_of(given["destination"], given["journal"])
+    store = open_ledger(settings)
     left = deliver_waiting(settings)
     if left is not None:
         note(f"Messages that wait in {settings.journal} are not in these figures: {left}")
-    return open_ledger(settings)
+    return store
 
 
 def _form(form: str | None, as_json: bool) -> str:

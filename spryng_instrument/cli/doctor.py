@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -23,12 +24,14 @@ from spryng_instrument import __version__
 from spryng_instrument.cli.ledger import deliver_waiting, open_ledger
 from spryng_instrument.cli.tables import many, printable
 from spryng_instrument.deferred import Deferred
-from spryng_instrument.errors import StoreError
+from spryng_instrument.errors import SettingsError, StoreError
 from spryng_instrument.journal import SUFFIX, aside_lines, count_lines
 from spryng_instrument.message import decode
 from spryng_instrument.prices import price_source, rate
 from spryng_instrument.settings import Settings, sqlite_path, without_secrets
+from spryng_instrument.store import open_destination
 from spryng_instrument.store.base import Health, Store
+from spryng_instrument.store.transport import BatchPoster
 
 STUCK_AFTER_S = 60.0
 """A running process delivers within seconds: what waits longer than this is stuck."""
@@ -47,9 +50,9 @@ class Examination:
     seams: dict[str, bool]
     """The places of the SDK through which calls go, and whether the installed one has them."""
     ledger: str = "ok"
-    """ok, missing (nothing was recorded yet) or unusable."""
+    """ok, missing (nothing was recorded yet), unusable, or write-only: what it has cannot be asked from here."""
     delivered: int = 0
-    """Messages in the ledger."""
+    """Messages in the ledger, of every machine that shares it. 0 if it is write-only."""
     waiting: int = 0
     """Messages in the journal."""
     deferred: int = 0
@@ -104,10 +107,13 @@ class Examination:
         _facts("ledger", [f"{without_secrets(self.settings.destination)} ({self.ledger})"])
         _facts("journal", [self.settings.journal])
         lost = sum(self.lost.values())
+        recorded = (
+            f"{self.recorded:,} recorded = {self.delivered:,} delivered + {self.waiting:,} waiting + {lost:,} lost"
+        )
         _facts(
             "messages",
             [
-                f"{self.recorded:,} recorded = {self.delivered:,} delivered + {self.waiting:,} waiting + {lost:,} lost",
+                f"{self.waiting:,} waiting" if self.ledger == "write-only" else recorded,
                 f"{sum(self.set_aside.values()):,} set aside",
                 f"{self.deferred:,} begun in the background, and not read since",
             ],
@@ -137,7 +143,10 @@ def examine(settings: Settings) -> Examination:
         )
     left = deliver_waiting(settings)
     _examine_journal(examination, left)
-    _examine_ledger(examination)
+    if "http" in urlsplit(settings.destination).scheme:
+        _examine_endpoint(examination)
+    else:
+        _examine_ledger(examination)
     return examination
 
 
@@ -170,10 +179,31 @@ def _examine_journal(examination: Examination, left: str | None) -> None:
     ]
 
 
+def _examine_endpoint(examination: Examination) -> None:
+    """A destination that takes messages and answers no questions: whether it would take one now."""
+    settings = examination.settings
+    examination.ledger = "write-only"
+    try:
+        destination = open_destination(settings.destination, settings.api_key)
+        try:
+            if isinstance(destination, BatchPoster):
+                destination.check()
+        finally:
+            destination.close()
+    except (StoreError, SettingsError) as exc:
+        examination.ledger = "unusable"
+        examination.problems.append(str(exc))
+
+
 def _examine_ledger(examination: Examination) -> None:
-    path = sqlite_path(examination.settings.destination)
-    store = open_ledger(examination.settings)
-    if not path.exists():
+    local = urlsplit(examination.settings.destination).scheme == "sqlite"
+    try:
+        store = open_ledger(examination.settings)
+    except SettingsError as exc:  # its driver is not installed
+        examination.ledger = "unusable"
+        examination.problems.append(str(exc))
+        return
+    if local and not (path := sqlite_path(examination.settings.destination)).exists():
         examination.ledger = "missing"
         if problem := _not_writable(path.parent):
             examination.problems.append(
@@ -185,7 +215,7 @@ def _examine_ledger(examination: Examination) -> None:
     try:
         rated = rate(store)
         health = store.health()
-        examination.lost = _lost(store, health, Path(examination.settings.journal))
+        missing = _lost(store, health, Path(examination.settings.journal))
         store.set_costs([])  # takes the lock that a delivery needs, and changes nothing
     except StoreError as exc:
         examination.ledger = "unusable"
@@ -194,6 +224,13 @@ def _examine_ledger(examination: Examination) -> None:
     examination.delivered = health.messages
     examination.unattributed = list(health.unattributed)
     examination.unpriced = list(health.unpriced)
+    if local:
+        examination.lost = missing
+    elif missing:
+        examination.warnings.append(
+            f"{many(sum(missing.values()), 'message')}, numbered by {', '.join(missing)}, neither in the ledger nor in "
+            "this machine's journal. They may wait in another machine's: `spryng push` there. What none has is lost"
+        )
     for writer, count in examination.lost.items():
         examination.problems.append(
             f"{many(count, 'message')} of process {writer} {'is' if count == 1 else 'are'} lost: numbered by it, and "
