@@ -31,7 +31,8 @@ OPENAI = {
 }
 """Older SDKs of the matrix, with what each needs."""
 ANY_SDK = ["journal", "pump", "sqlite", "prices", "reports", "settings", "layers", "cli", "context", "integrations_*"]
-ANY_SDK += ["processes", "run", "plugin", "cloudevents", "otlp"]
+ANY_SDK += ["processes", "run", "plugin", "cloudevents", "otlp", "clickhouse", "postgres", "conformance", "copying", "server", "openapi"]
+ANY_SDK += ["published_clients", "api", "chaos"]
 """Tests that do not touch the SDK, or only to have calls to count: another one would prove nothing new."""
 
 ABOVE = {
@@ -80,7 +81,7 @@ def fresh(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The suite with the newest openai; on one Python with the tests that take their full time."""
-    install(session, *nox.project.dependency_groups(GROUPS, "frameworks", "vendors"))
+    install(session, *nox.project.dependency_groups(GROUPS, "frameworks", "vendors", "engines"))
     if session.python == "3.12":
         session.env["SPRYNG_TEST_FULL"] = "1"
     session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))

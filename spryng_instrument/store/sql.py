@@ -65,6 +65,8 @@ class SqlStore:
     conversation: ClassVar[str]
     """One value that is another one for each customer's conversation."""
     cost_parts: ClassVar[tuple[str, str]] = ("m.cost_pusd / 1000000", "m.cost_pusd % 1000000")
+    summed: ClassVar[str] = "sum({})"
+    """Adds up counts of 64 bits; the sum may have more."""
     flag: ClassVar[str] = "CASE WHEN {} THEN 1 ELSE 0 END"
     """A condition as a number."""
 
@@ -226,12 +228,13 @@ class SqlStore:
     @property
     def _sums(self) -> str:
         """The columns of a UsageRow from messages on, but for its cost, which is in two parts."""
-        named = {name: f"coalesce(sum(m.{name}), 0)" for name in SUMS[:-2]}
+        named = {name: f"coalesce({self.summed.format(f'm.{name}')}, 0)" for name in SUMS[:-2]}
         conversations = (
             f"count(DISTINCT CASE WHEN m.messages > 0 AND m.conversation_id IS NOT NULL THEN {self.conversation} END)"
         )
         first, *others = named.values()
-        return ", ".join([first, conversations, *others, "sum(m.cost_e6)", "sum(m.cost_e12)"])
+        costs = [self.summed.format(f"m.{name}") for name in SUMS[-2:]]
+        return ", ".join([first, conversations, *others, *costs])
 
     def _message_facts(self, where: Filter) -> SqlParts:
         conditions, values = self._conditions(where)
