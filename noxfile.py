@@ -31,8 +31,19 @@ OPENAI = {
 }
 """Older SDKs of the matrix, with what each needs."""
 ANY_SDK = ["journal", "pump", "sqlite", "prices", "reports", "settings", "layers", "cli", "context", "integrations_*"]
-ANY_SDK += ["processes", "run", "plugin", "cloudevents", "otlp", "clickhouse", "postgres", "conformance", "copying", "server", "openapi"]
-ANY_SDK += ["published_clients", "api", "chaos"]
+ANY_SDK += [
+    "processes",
+    "run",
+    "plugin",
+    "api",
+    "conformance",
+    "postgres",
+    "clickhouse",
+    "copying",
+    "server",
+    "openapi",
+]
+ANY_SDK += ["published_clients", "cloudevents", "otlp", "chaos"]
 """Tests that do not touch the SDK, or only to have calls to count: another one would prove nothing new."""
 
 ABOVE = {

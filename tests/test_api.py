@@ -14,7 +14,7 @@ from spryng_instrument.api import FUTURE, MAX_TAGS, MAX_TEXT, NO_KEY, message_of
 from spryng_instrument.errors import ApiError
 from spryng_instrument.message import Message, Usage, decode, encode, new_id
 
-from .test_sqlite import anything
+from .messages import anything
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=timezone.utc)
 

@@ -28,13 +28,9 @@ from spryng_instrument.store.clickhouse import ClickHouseStore, ddl
 from spryng_instrument.store.rows import COLUMNS
 
 from .clickhouse_server import ClickHouse, clickhouse
+from .messages import NOON, message
 
-NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 MANY = ", ".join(COLUMNS)
-
-
-def message(**fields: Any) -> Message:
-    return Message(**{"id": new_id(), "timestamp": NOON, "operation": "custom", **fields})
 
 
 @pytest.fixture
@@ -66,7 +62,7 @@ def write_again(url: str, **changed: str) -> None:
 # --- one id, many rows
 
 
-@pytest.mark.parametrize("id", [new_id(), "my own id", "0199"])
+@pytest.mark.parametrize("id", [new_id(), "my own id", "0199"], ids=["ours", "theirs", "short"])
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_id_counts_once(store: ClickHouseStore, url: str, id: str, merged: bool) -> None:
     """Rows with one id are one message, the first, in every question; even if key, tags and month differ."""

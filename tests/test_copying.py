@@ -17,7 +17,7 @@ from spryng_instrument.message import Message, Usage
 from spryng_instrument.store.base import START, ApiKey, Cost, Receipt
 from spryng_instrument.store.sqlite import SqliteStore
 
-from .test_sqlite import NOON, message
+from .messages import NOON, message
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def test_import_is_light() -> None:
         "rich",
         "genai_prices",
         "sqlite3",
+        "psycopg",
     }
     assert not heavy & set(loaded)
     assert "spryng_instrument.context" in loaded

@@ -444,7 +444,7 @@ def create_many(folder: Path, *, processes: int, rounds: int) -> None:
     def work(path: Path, start: float) -> None:
         while time.time() < start:
             pass
-        assert SqliteStore(path).record([message()], timeout_s=20).recorded == 1
+        assert SqliteStore(path).record([message()], timeout_s=20).count("recorded") == 1
 
     ended = []
     for number in range(rounds):

@@ -74,12 +74,19 @@ class SqlStore:
         """Asks questions of one moment; what goes wrong is raised as a StoreError."""
         raise NotImplementedError
 
+    def _summing(self) -> AbstractContextManager[Ask]:
+        """The same, for sums: an engine may first bring its rollups up to date."""
+        return self._reading()
+
     def _facts(self, ask: Ask, where: Filter) -> SqlParts:
         """SELECTs of FACTS."""
         return self._message_facts(where)
 
-    def _rolled_up(self, where: Filter, rollups: str) -> SqlParts:
-        """FACTS from *rollups*, but for what is less than a bucket at both ends: that comes from the messages."""
+    def _rolled_up(self, where: Filter, rollups: str, stale: Sequence[tuple[int, int]] = ()) -> SqlParts:
+        """FACTS from *rollups*, but for what is less than a bucket at both ends: that comes from the messages.
+
+        So do the *stale* buckets, which are not in *rollups*: from one time up to another, each.
+        """
         if where.conversation_id is not None:  # few messages, and found by their index
             return self._message_facts(where)
         since = None if where.since is None else -(-micros(where.since) // BUCKET_US) * BUCKET_US
@@ -93,24 +100,32 @@ class SqlStore:
         )
         conditions, values = self._conditions(whole, "m.bucket_us")
         parts = [f"SELECT {', '.join(f'm.{name}' for name in FACTS)} FROM {rollups} m WHERE {conditions}"]
+        if stale:
+            parts, values = self._with_messages(parts, values, whole, stale)
         if whole.since != where.since:
             parts, values = self._with_messages(parts, values, within(where, None, whole.since))
         if whole.until != where.until:
             parts, values = self._with_messages(parts, values, within(where, whole.until, None))
         return " UNION ALL ".join(parts), values
 
-    def _with_messages(self, parts: list[str], values: list[Any], where: Filter) -> tuple[list[str], list[Any]]:
-        facts, more = self._message_facts(where)
+    def _with_messages(
+        self,
+        parts: list[str],
+        values: list[Any],
+        where: Filter,
+        times: Sequence[tuple[int, int]] = (),
+    ) -> tuple[list[str], list[Any]]:
+        facts, more = self._message_facts(where, times)
         return [*parts, facts], [*values, *more]
 
     def usage(self, by: str, where: Filter = Filter(), *, zone: str = "UTC") -> list[UsageRow]:  # noqa: B008
         """Usage by one of GROUPS, in the order of the group's name, "none" first."""
-        with self._reading() as ask:
+        with self._summing() as ask:
             return self._usage(ask, by, where, zone)
 
     def total(self, where: Filter = Filter()) -> UsageRow:  # noqa: B008
         """The same over all messages, each counted once."""
-        with self._reading() as ask:
+        with self._summing() as ask:
             return self._total(ask, where)
 
     def usage_and_total(
@@ -121,7 +136,7 @@ class SqlStore:
         zone: str = "UTC",
     ) -> tuple[list[UsageRow], UsageRow]:
         """Both of one moment, whatever is recorded meanwhile."""
-        with self._reading() as ask:
+        with self._summing() as ask:
             return self._usage(ask, by, where, zone), self._total(ask, where)
 
     def messages(self, where: Filter = Filter(), *, after: str | None = None, limit: int = 50) -> Page:  # noqa: B008
@@ -154,7 +169,7 @@ class SqlStore:
         """Conversations, the one that began last first."""
         order = ["min(m.first_us)", self.flag.format("m.key IS NULL"), "coalesce(m.key, '')", "m.conversation_id"]
         having, mark = ("", []) if after is None else (f"HAVING ({', '.join(order)}) < (?, ?, ?, ?)", _unmark(after))
-        with self._reading() as ask:
+        with self._summing() as ask:
             facts, values = self._facts(ask, where)
             found = ask(
                 f"SELECT min(m.first_us), max(m.last_us), m.conversation_id, m.key, {self._sums} FROM ({facts}) m "
@@ -236,8 +251,12 @@ class SqlStore:
         costs = [self.summed.format(f"m.{name}") for name in SUMS[-2:]]
         return ", ".join([first, conversations, *others, *costs])
 
-    def _message_facts(self, where: Filter) -> SqlParts:
+    def _message_facts(self, where: Filter, times: Sequence[tuple[int, int]] = ()) -> SqlParts:
+        """FACTS of the messages; if *times* are given, of those that are from one of them up to its other."""
         conditions, values = self._conditions(where)
+        if times:
+            conditions += f" AND ({' OR '.join(['m.timestamp_us >= ? AND m.timestamp_us < ?'] * len(times))})"
+            values += [bound for each in times for bound in each]
         flags = (
             _IS_BILLABLE, "m.status = 'error'", "m.status = 'cancelled'", f"{_IS_BILLABLE} AND NOT m.reported",
             "m.reported AND m.cost_pusd IS NULL",

@@ -1,0 +1,58 @@
+"""Messages for the tests of stores and of the API: one at hand, and anything that a message can be."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+from hypothesis import strategies as st
+
+from spryng_instrument.message import Message, Usage, new_id
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+
+text = st.text(st.characters(codec=None), max_size=12)  # lone surrogates and NUL, too
+counts = st.one_of(st.none(), st.just(0), st.integers(0, 10**12))
+usages = st.builds(Usage, **dict.fromkeys(Usage.__struct_fields__, counts))
+scalars = st.one_of(text, st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False, allow_infinity=False))
+moments = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(timezone.utc))  # noqa: DTZ001
+numbers = st.one_of(st.none(), st.floats(0, 1e12))
+anything = st.builds(
+    Message,
+    id=st.uuids().map(str),
+    timestamp=moments,
+    operation=text,
+    status=st.sampled_from(["ok", "error", "incomplete", "cancelled"]),
+    tags=st.lists(text, max_size=4).map(tuple),
+    properties=st.one_of(st.none(), st.dictionaries(text, scalars, max_size=3)),
+    streamed=st.booleans(),
+    retries=counts,
+    http_status=counts,
+    latency_ms=numbers,
+    time_to_first_token_ms=numbers,
+    usage=st.one_of(st.none(), usages),
+    sequence=counts,
+    **dict.fromkeys(
+        [
+            "key",
+            "conversation_id",
+            "query",
+            "request_model",
+            "response_model",
+            "response_id",
+            "request_id",
+            "service_tier",
+            "host",
+            "error",
+            "call_site",
+            "writer",
+        ],
+        st.one_of(st.none(), text),
+    ),
+)
+"""Any message at all."""
+
+
+def message(**fields: Any) -> Message:
+    """A message at noon that says nothing but what is given."""
+    return Message(**{"id": new_id(), "timestamp": NOON, "operation": "custom", **fields})
