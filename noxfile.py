@@ -31,20 +31,11 @@ OPENAI = {
 }
 """Older SDKs of the matrix, with what each needs."""
 ANY_SDK = ["journal", "pump", "sqlite", "prices", "reports", "settings", "layers", "cli", "context", "integrations_*"]
-ANY_SDK += [
-    "processes",
-    "run",
-    "plugin",
-    "api",
-    "conformance",
-    "postgres",
-    "clickhouse",
-    "copying",
-    "server",
-    "openapi",
-]
-ANY_SDK += ["published_clients", "cloudevents", "otlp", "chaos"]
+ANY_SDK += ["processes", "run", "plugin", "api", "copying", "readme"]
 """Tests that do not touch the SDK, or only to have calls to count: another one would prove nothing new."""
+SERVERS = ["conformance", "postgres", "clickhouse", "server", "openapi", "published_clients", "cloudevents", "otlp"]
+SERVERS += ["chaos"]
+"""Tests of the server and of the engines and services that messages go to; they have sessions of their own."""
 
 ABOVE = {
     "langchain": ["langchain-openai"],
@@ -64,6 +55,14 @@ GROUPS = nox.project.load_toml("pyproject.toml")
 
 def install(session: nox.Session, *packages: str, group: str = "test") -> None:
     session.install("-e", ".[all]", *nox.project.dependency_groups(GROUPS, group), *packages)
+
+
+def files(names: list[str]) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names]
+
+
+def ignoring(names: list[str]) -> list[str]:
+    return [f"--ignore-glob={file}" for file in files(names)]
 
 
 @nox.session
@@ -92,10 +91,19 @@ def fresh(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The suite with the newest openai; on one Python with the tests that take their full time."""
-    install(session, *nox.project.dependency_groups(GROUPS, "frameworks", "vendors", "engines"))
+    install(session, *nox.project.dependency_groups(GROUPS, "frameworks"))
     if session.python == "3.12":
         session.env["SPRYNG_TEST_FULL"] = "1"
-    session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))
+    session.run("python", "-m", "pytest", *(session.posargs or [*PARALLEL, *ignoring(SERVERS)]))
+
+
+@nox.session(python=["3.10", "3.13"])
+def servers(session: nox.Session) -> None:
+    """The server and every engine: PostgreSQL, whose programs must be there, and ClickHouse's engine from PyPI."""
+    install(session, *nox.project.dependency_groups(GROUPS, "engines", "vendors"))
+    if session.python == "3.13":
+        session.env["SPRYNG_TEST_FULL"] = "1"
+    session.run("python", "-m", "pytest", *(session.posargs or [*PARALLEL, *files(SERVERS)]))
 
 
 @nox.session(python="3.11")
@@ -103,7 +111,7 @@ def tests(session: nox.Session) -> None:
 def sdk(session: nox.Session, openai: str) -> None:
     """The suite with an older openai, but for what is the same with any."""
     install(session, f"openai=={openai}", *OPENAI[openai])
-    ignored = [f"--ignore-glob=tests/test_{name}.py" for name in ANY_SDK]
+    ignored = [*ignoring([*ANY_SDK, *SERVERS]), "-k", "not killed"]
     session.run("python", "-m", "pytest", *(session.posargs or [*PARALLEL, *ignored]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import subprocess
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from spryng_instrument.cli.commands import commands
 from spryng_instrument.settings import TABLE, Settings, env_name
 from spryng_instrument.testing import PracticeServer
 from tests.shapes import SDK
@@ -30,7 +33,11 @@ SHOWS = {
     "spryng run -- python app.py": r"Stats\(recorded=3",
 }
 """What each command prints, after README's own Python has run once."""
-COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line not in SET_UP]
+SERVER = ["spryng keys create web --scope ingest", "spryng keys list", "spryng serve --port 8321"]
+"""Commands of the server, which has a ledger of its own."""
+LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line not in SET_UP]
+[CURL] = [line for line in LINES if line.startswith("curl ")]
+COMMANDS = [line for line in LINES if line not in (*SERVER, CURL)]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,45 @@ def run(command: list[str], folder: Path, server: PracticeServer) -> subprocess.
     return subprocess.run(
         programs[command[0]] + command[1:], cwd=folder, env=environ, capture_output=True, text=True, timeout=60
     )
+
+
+def test_the_server(tmp_path: Path, server: PracticeServer) -> None:
+    """A key, the server, and a message sent to it: as README says, in its order."""
+    assert [line for line in LINES if line in SERVER] == SERVER
+    create, listed, serve = (command.split() for command in SERVER)
+    made = run(create, tmp_path, server)
+    assert re.fullmatch(r"spryng_[0-9a-f]{8}_[\w-]{43}\n", made.stdout), made.stderr
+    assert re.search(r"^\w{8} +web +ingest ", run(listed, tmp_path, server).stdout, re.M)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "KEY": made.stdout.strip()}
+    command = [sys.executable, "-m", "spryng_instrument", *serve[1:]]
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as serving:
+        try:
+            assert serving.stderr is not None
+            assert "Track Usage API at http://127.0.0.1:8321" in "".join(serving.stderr.readline() for _ in range(2))
+            done = subprocess.run(
+                f"{CURL} -sS --retry 20 --retry-connrefused --retry-delay 1", shell=True, env=environ, text=True,
+                capture_output=True, timeout=60,
+            )  # fmt: skip
+            assert re.fullmatch(r'\{"id":"[\w-]+","status":"recorded"\}', done.stdout), done.stderr
+        finally:
+            serving.terminate()
+    assert "acme,1,1," in run(["spryng", "usage", "--format", "csv"], tmp_path, server).stdout
+
+
+def test_what_runs_the_server() -> None:
+    """The compose file and the unit of systemd can be read, and what they start is a command that there is."""
+    [compose] = [yaml.safe_load(text) for kind, text in BLOCKS if kind == "yaml"]
+    assert set(compose["services"]["usage"]["depends_on"]) <= set(compose["services"])
+    unit = configparser.RawConfigParser()
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    [text] = [text for kind, text in BLOCKS if kind == "ini"]
+    unit.read_string(text)
+    starts = [compose["services"]["usage"]["command"].split("&&")[1].strip(' "'), unit["Service"]["ExecStart"]]
+    for start in starts:
+        program, name, *options = start.split()
+        assert Path(program).name == "spryng"
+        assert name == "serve"
+        commands.commands["serve"].make_context("serve", options)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -101,4 +147,4 @@ def test_every_setting_is_in_the_table() -> None:
 
 def test_every_other_block_is_known() -> None:
     """No block of a kind that nothing runs."""
-    assert {kind for kind, _ in BLOCKS} == {"sh", "python", "text"}
+    assert {kind for kind, _ in BLOCKS} == {"sh", "python", "text", "yaml", "ini"}
