@@ -42,6 +42,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def store(url: str) -> Iterator[ClickHouseStore]:
     store = ClickHouseStore(url)
+    store.record([], timeout_s=60)  # makes the tables
     yield store
     store.close()
 

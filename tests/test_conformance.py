@@ -26,6 +26,7 @@ from spryng_instrument.store.sqlite import SqliteStore
 from . import clickhouse_server
 from .messages import NOON, anything, message
 from .servers import Postgres
+from .test_processes import FULL
 
 ZONES = ("UTC", "Asia/Kolkata", "Pacific/Chatham", "America/Sao_Paulo", "Europe/Berlin")
 Fresh = Callable[[], AbstractContextManager[Store]]
@@ -59,6 +60,7 @@ def clickhouse() -> Iterator[Fresh]:
     @contextmanager
     def fresh() -> Iterator[Store]:
         with clickhouse_server.clickhouse().database() as url, closing(ClickHouseStore(url)) as store:
+            store.record([], timeout_s=60)  # makes the tables
             yield store
 
     yield fresh
@@ -84,7 +86,7 @@ def store(fresh: Fresh) -> Iterator[Store]:
         yield store
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if FULL else 20, deadline=None)
 @given(messages=st.lists(anything, max_size=6, unique_by=lambda each: each.id))
 def test_what_goes_in_comes_out(fresh: Fresh, messages: list[Message]) -> None:
     """Every message comes back as it was written to the journal; None stays None and 0 stays 0."""
@@ -321,7 +323,7 @@ def summed(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if FULL else 20, deadline=None)
 @given(
     messages=st.lists(counted, max_size=15, unique_by=lambda each: each.id),
     prices=st.lists(priced, min_size=15, max_size=15),
