@@ -1,6 +1,7 @@
 """How long questions take on a large ledger: by rollups, by a scan of the messages, and beside a bare indexed query.
 
     python -m tests.benchmarks.queries sqlite:////tmp/large.db 10000000
+    python -m tests.benchmarks.queries postgresql 10000000  # or clickhouse: started for it
 
 The ledger is filled first, if it is empty, by the engine itself: 30 days, 200 customers, 3 models, 5 sets of tags;
 seven in ten messages are in conversations of six. The bare query counts one customer's messages of one day by index.
@@ -17,9 +18,13 @@ from typing import Any
 
 from spryng_instrument.store import open_store
 from spryng_instrument.store.base import GROUPS, Filter
+from spryng_instrument.store.clickhouse import ClickHouseStore
+from spryng_instrument.store.postgres import PostgresStore
 from spryng_instrument.store.rows import micros
-from spryng_instrument.store.sql import SqlStore
+from spryng_instrument.store.sql import BUCKET_US, SqlStore
 from spryng_instrument.store.sqlite import _ROLL_UP, SqliteStore, _transaction
+from tests.clickhouse_server import clickhouse
+from tests.servers import Postgres
 
 START = datetime(2026, 11, 1, tzinfo=timezone.utc)
 DAYS = 30
@@ -56,7 +61,49 @@ def fill_sqlite(store: SqliteStore, count: int, step_us: int) -> None:
             db.execute(_ROLL_UP.format(f"{facts} AND m.arrival > ?"), [start])
 
 
-FILL: dict[str, Callable[[Any, int, int], None]] = {"SqliteStore": fill_sqlite}
+def fill_postgres(store: PostgresStore, count: int, step_us: int) -> None:
+    tags = "CASE {} WHEN 0 THEN '{{support,chat}}'::text[] WHEN 1 THEN '{{search}}' WHEN 2 THEN '{{chat}}' "
+    tags += "WHEN 3 THEN '{{}}' ELSE '{{batch,night}}' END"
+    id = "lpad(to_hex(i >> 16), 8, '0') || '-' || lpad(to_hex(i & 65535), 4, '0') || '-7000-8000-' || lpad(i::text, 12, '0')"
+    selected = values(tags.format, str, id, step_us).replace("{false}", "false")
+    stop_us = micros(START) + count * step_us
+    for start in range(0, count, CHUNK):
+        with store._transaction(time.monotonic() + 600) as db:
+            stop = min(start + CHUNK, count) - 1
+            db.run(
+                f"INSERT INTO messages ({COLUMNS}) SELECT {selected} FROM generate_series({start}::bigint, {stop}) i"
+            )
+    with store._transaction(time.monotonic() + 600) as db:
+        db.run(f"INSERT INTO dirty SELECT generate_series({micros(START)}, {stop_us}, {BUCKET_US})")
+    seconds, _ = timed(lambda: all(iter(store.roll_up, 0)))
+    print(f"rolled up in {seconds:.0f} s")
+    with store._transaction(time.monotonic() + 600) as db:
+        db.run("ANALYZE")
+
+
+def fill_clickhouse(store: ClickHouseStore, count: int, step_us: int) -> None:
+    tags = (
+        "multiIf({0} = 0, ['support', 'chat'], {0} = 1, ['search'], {0} = 2, ['chat'], {0} = 3, [], ['batch', 'night'])"
+    )
+    id = "concat('0199', lower(hex(toUInt16(intDiv(i, 65536)))), '-', lower(hex(toUInt16(i % 65536))), '-7000-8000-', "
+    id += "leftPad(toString(i), 12, '0'))"
+    selected = values(tags.format, str, id, step_us).replace("{false}", "false")
+    selected = selected.replace("(i / 6)", "intDiv(i, 6)").replace(
+        "|| (intDiv(i, 6) % 200)", "|| toString(intDiv(i, 6) % 200)"
+    )
+    selected = selected.replace("|| intDiv(i, 6) END", "|| toString(intDiv(i, 6)) END")
+    selected = selected.replace("|| (intDiv(i, 6) % 3)", "|| toString(intDiv(i, 6) % 3)")
+    for start in range(0, count, CHUNK):
+        numbers = f"(SELECT toInt64(number) AS i FROM numbers({start}, {min(CHUNK, count - start)}))"
+        with store._asking(600) as (client, _):
+            client.command(f"INSERT INTO messages ({COLUMNS}) SELECT {selected} FROM {numbers}")
+
+
+FILL: dict[str, Callable[[Any, int, int], None]] = {
+    "SqliteStore": fill_sqlite,
+    "PostgresStore": fill_postgres,
+    "ClickHouseStore": fill_clickhouse,
+}
 
 
 @contextmanager
@@ -73,6 +120,19 @@ def timed(question: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     answer = question()
     return time.perf_counter() - started, answer
+
+
+@contextmanager
+def opened(what: str) -> Iterator[str]:
+    """A URL, or that of an engine which is started for the occasion."""
+    if what == "postgresql":
+        with Postgres() as server, server.ledger() as url:
+            yield url
+    elif what == "clickhouse":
+        with clickhouse().database() as url:
+            yield url
+    else:
+        yield what
 
 
 def main(url: str, count: int) -> None:
@@ -111,4 +171,5 @@ def main(url: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    with opened(sys.argv[1]) as url:
+        main(url, int(sys.argv[2]))
