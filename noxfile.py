@@ -100,7 +100,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(python=["3.10", "3.13"])
 def servers(session: nox.Session) -> None:
     """The server and every engine: PostgreSQL, whose programs must be there, and ClickHouse's engine from PyPI."""
-    install(session, *nox.project.dependency_groups(GROUPS, "engines", "vendors"))
+    install(session, *nox.project.dependency_groups(GROUPS, "engines", "vendors", "attack"))
     if session.python == "3.13":
         session.env["SPRYNG_TEST_FULL"] = "1"
     session.run("python", "-m", "pytest", *(session.posargs or [*PARALLEL, *files(SERVERS)]))

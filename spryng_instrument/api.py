@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -16,16 +17,20 @@ import msgspec
 from spryng_instrument.endpoints import operation_of
 from spryng_instrument.errors import ApiError, UsageError
 from spryng_instrument.message import Message, Status, Usage, decode, encode, new_id
-from spryng_instrument.usage import MOST, checked_usage, read_reply
+from spryng_instrument.usage import DETAILS, MOST, checked_usage, read_reply
 
 MAX_TEXT = 255
 """Characters of a key, a conversation id, a tag, a message id or a model."""
 MAX_TAGS = 1_000
 MAX_PROPERTIES = 1_000
+MAX_DEPTH = 100
+"""Levels of toolUsage."""
 MAX_MESSAGES = 1_000
 """Messages a batch."""
 MAX_BYTES = 5_000_000
 """Bytes of a request's body, also once it is decompressed."""
+EARLIEST = datetime(1970, 1, 1, tzinfo=timezone.utc)
+"""No message is older: further back, there are times that other zones have no year for."""
 FUTURE = timedelta(minutes=5)
 """How far a timestamp may be ahead of the server's clock."""
 NO_KEY = "(no key)"
@@ -134,6 +139,13 @@ def message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
     Raises:
         ApiError: it is none, or cannot be true; the error names the field and its value.
     """
+    try:
+        return _message_of(raw, now)
+    except RecursionError:
+        raise ApiError("body", None, "is nested too deeply") from None
+
+
+def _message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
     sent = _decoded(raw)
     ours = sent.writer is not None
     key = _key(sent, ours)
@@ -142,7 +154,7 @@ def message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
     operation = sent.operation or operation_of(sent.open_ai_response)
     if sent.open_ai_response is not None and operation is None and reading.usage is None:
         raise ApiError("openAiResponse", sent.open_ai_response, "has neither a known `object` nor a usage")
-    _check(sent, now)
+    _check(sent, reading.model if sent.model is None else sent.model, now)
     fields: dict[str, Any] = {name: getattr(sent, name) for name in _SAME}
     fields |= {theirs: getattr(sent, ours) for ours, theirs in _RENAMED.items()}
     fields["id"] = sent.message_id or new_id()
@@ -158,6 +170,8 @@ def message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
     ):  # fmt: skip
         if fields[name] is None:
             fields[name] = said
+    if not _is_shallow(fields["tool_usage"], MAX_DEPTH):
+        raise ApiError("toolUsage", None, f"is nested more than {MAX_DEPTH} levels deep")
     message = Message(**fields)
     if b"\\u0000" in memoryview(raw).tobytes():
         message = decode(encode(message))  # which escapes it
@@ -166,8 +180,11 @@ def message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
 
 def _decoded(raw: bytes | msgspec.Raw) -> TrackUsage:
     try:
-        sent = _lenient.decode(raw)
-        return sent if sent.writer is not None else _strict.decode(raw)
+        if b'"writer"' in memoryview(raw).tobytes():
+            sent = _lenient.decode(raw)
+            if sent.writer is not None:
+                return sent
+        return _strict.decode(raw)
     except msgspec.ValidationError as exc:
         what, _, path = str(exc).partition(" - at `$")
         path = path.rstrip("`")
@@ -214,8 +231,11 @@ def _usage(sent: TrackUsage, ours: bool) -> Usage | None:
     if sent.usage is None:
         return None
     if not ours:
+        for name in DETAILS:
+            if not isinstance(sent.usage.get(name), (dict, NoneType)):
+                raise ApiError(f"usage.{name}", sent.usage[name], "must be an object of counts")
         try:
-            return checked_usage(sent.usage)
+            return checked_usage(sent.usage, any_total=True)
         except UsageError as exc:
             raise ApiError("usage", sent.usage, str(exc)) from None
     try:
@@ -229,11 +249,20 @@ def _usage(sent: TrackUsage, ours: bool) -> Usage | None:
     return usage
 
 
-def _check(sent: TrackUsage, now: datetime) -> None:
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether no list or object in *value* is more than so many levels down: what is kept must be readable again."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return True
+    return levels > 0 and all(_is_shallow(part, levels - 1) for part in value)
+
+
+def _check(sent: TrackUsage, model: str | None, now: datetime) -> None:
     texts = {
         "key": sent.key or None, "user": sent.user, "conversationId": sent.conversation_id,
-        "messageId": sent.message_id, "model": sent.model, "requestModel": sent.request_model,
-        "operation": sent.operation, "writer": sent.writer,
+        "messageId": sent.message_id, "writer": sent.writer,
+        **({} if sent.writer else {"model": model, "requestModel": sent.request_model, "operation": sent.operation}),
         **{f"tags[{index}]": tag for index, tag in enumerate(sent.tags or ())},
     }  # fmt: skip
     for name, text in texts.items():
@@ -256,6 +285,8 @@ def _check(sent: TrackUsage, now: datetime) -> None:
     if sent.timestamp is not None:
         if sent.timestamp.tzinfo is None:
             raise ApiError("timestamp", sent.timestamp.isoformat(), "has no zone; end it with Z or as in +01:00")
+        if sent.timestamp < EARLIEST:
+            raise ApiError("timestamp", sent.timestamp.isoformat(), f"is before {EARLIEST.isoformat()}")
         if sent.timestamp > now + FUTURE:
             raise ApiError("timestamp", sent.timestamp.isoformat(), f"is in the future; it is {now.isoformat()} here")
 

@@ -176,8 +176,12 @@ DETAILS = {
 }
 
 
-def checked_usage(reported: object) -> Usage:
+def checked_usage(reported: object, *, any_total: bool = False) -> Usage:
     """The usage that a programmer hands over, by the chat or the responses names, in one form.
+
+    Args:
+        reported: the counts by name.
+        any_total: whether a total is taken that does not add up: the examples of the published clients have one.
 
     Raises:
         UsageError: a field is unknown, negative or no whole number, two names contradict, or the total does not add up.
@@ -204,7 +208,8 @@ def checked_usage(reported: object) -> Usage:
         raise UsageError(f"usage={reported!r}: holds no count; give one of: {', '.join(COUNTS)}")
     parts = (usage.input_tokens or 0) + (usage.output_tokens or 0)
     if (
-        usage.total_tokens is not None
+        not any_total
+        and usage.total_tokens is not None
         and usage.total_tokens != parts
         and (usage.input_tokens is not None or usage.output_tokens is not None)
     ):

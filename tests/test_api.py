@@ -19,6 +19,9 @@ from .messages import anything
 NOW = datetime(2026, 11, 22, 12, tzinfo=timezone.utc)
 
 
+DEEP = '{"a":' * 600 + "1" + "}" * 600
+
+
 def taken(**fields: Any) -> Message:
     return message_of(msgspec.json.encode({"key": "acme", **fields}), NOW)[0]
 
@@ -63,6 +66,18 @@ def test_the_seeds_json() -> None:
     other = taken(usage={"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, conversationId="456")
     assert other.usage == Usage(input_tokens=0, output_tokens=0, total_tokens=0)
     assert other.operation == "custom"
+
+
+def test_the_readmes_of_the_published_clients() -> None:
+    """Their examples have a total of 1 for 1 + 1 tokens; it is kept as it was given."""
+    assert taken(usage={"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 1}).usage == Usage(1, 1, 1)
+
+
+def test_a_model_as_a_process_saw_it() -> None:
+    """Whatever a gateway calls its model, what was recorded of it is not refused here: that would be lost usage."""
+    for model in (" ", "m" * 1000):
+        message, _ = message_of(msgspec.json.encode({"key": "a", "writer": "w", "model": model}), NOW)
+        assert message.response_model == model
 
 
 def test_user_is_the_key() -> None:
@@ -118,7 +133,12 @@ def test_our_own_fields() -> None:
         ('{"key": "a", "usage": {"prompt_tokens": 1.5}}', "prompt_tokens=1.5 must be a whole number"),
         ('{"key": "a", "usage": {"prompt_tokens": 1e400}}', "usage[...] Number out of range"),
         ('{"key": "a", "usage": {"tokens": 1}}', "usage has no field 'tokens'"),
-        ('{"key": "a", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 3}}', "=3 is not"),
+        ('{"key": "a", "timestamp": "0001-01-01T00:00:00+23:00"}', "is before 1970-01-01T00:00:00+00:00"),
+        ('{"key": "a", "openAiResponse": {"model": " ", "usage": {"total_tokens": 1}}}', "model=' ' must have 1"),
+        ('{"key": "a", "usage": {"prompt_tokens": 1, "prompt_tokens_details": false}}', "_details=False must"),
+        ('{"key": "a", "openAiResponse": {"usage": {"total_tokens": 1}, "tool_usage": ' + DEEP + "}}", "nested"),
+        ('{"key": "a", "writer": "w", "toolUsage": ' + DEEP + "}", "is nested "),
+        ('{"key": "a", "writer": null, "more": 1}', "more=1 is no field"),
         ('{"key": "a", "usage": {}}', "give the counts by name"),
         ('{"key": "a", "openAiResponse": {"object": "x"}}', "has neither a known `object` nor a usage"),
         ('{"key": "a", "customProperties": {"a": {}}}', "customProperties"),

@@ -30,11 +30,11 @@ async def read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a web page can send others to any server, without being asked
         raise Refused(415, "Content-Type", f"{kind!r} is not taken; send application/json")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower() or "identity"
     if encoding not in ("identity", "gzip"):
         raise Refused(415, "Content-Encoding", f"{encoding!r} is not taken; send gzip or none")
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > MAX_BYTES:
+    if length.isdecimal() and int(length) > MAX_BYTES:
         raise _too_large()
     try:
         with anyio.fail_after(BODY_S):
@@ -59,14 +59,15 @@ async def _plain(request: Request) -> bytes:
 async def _unzipped(request: Request) -> bytes:
     unzip = zlib.decompressobj(wbits=31)
     parts: list[bytes] = []
-    size = 0
+    size = zipped = 0
     try:
         async for part in request.stream():
             if unzip.eof and part:
                 raise Refused(400, "body", "has something after its gzip data")
             text = unzip.decompress(part, MAX_BYTES + 1 - size)
             size += len(text)
-            if size > MAX_BYTES:
+            zipped += len(part)
+            if max(size, zipped) > MAX_BYTES:
                 raise _too_large()
             if unzip.unused_data:
                 raise Refused(400, "body", "has something after its gzip data")
@@ -79,6 +80,4 @@ async def _unzipped(request: Request) -> bytes:
 
 
 def _too_large() -> Refused:
-    return Refused(
-        413, "body", f"is larger than {MAX_BYTES} bytes; send fewer messages at a time", {"Connection": "close"}
-    )
+    return Refused(413, "body", f"is larger than {MAX_BYTES} bytes; send fewer messages at a time")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from spryng_instrument.store.base import Receipt
 
@@ -21,8 +22,9 @@ _waiting = Gauge(
 )
 
 
-def count(receipt: Receipt) -> None:
-    """Count what became of messages."""
+def count(receipt: Receipt, waiting: int) -> None:
+    """Count what became of messages, and how many wait now."""
+    _waiting.set(waiting)
     for outcome in set(receipt.outcomes):
         _messages.labels(outcome).inc(receipt.count(outcome))
 
@@ -32,11 +34,20 @@ def answered(path: str, status: int, seconds: float) -> None:
     _requests.labels(path, str(status)).observe(seconds)
 
 
-def text(waiting: int) -> bytes:
+def text() -> bytes:
     """The exposition, of all workers where there are several."""
-    _waiting.set(waiting)
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest(_registry)
     registry = CollectorRegistry()
+    for pid in _workers():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            mark_process_dead(pid)  # type: ignore[no-untyped-call,unused-ignore]
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call,unused-ignore]
     return generate_latest(registry)
+
+
+def _workers() -> set[int]:
+    """Every worker that there was: what waits in a dead one waits no more."""
+    return {int(path.stem.rpartition("_")[2]) for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_*")}

@@ -121,14 +121,15 @@ def _refine(schema: dict[str, Any]) -> None:
     """Say of a message what its types alone do not."""
     properties = schema["properties"]
     assert set(properties) == set(FIELDS)
-    schema["anyOf"] = [{"required": ["key"]}, {"required": ["user"]}]
+    for name in ("writer", "sequence"):  # what a process of ours says of itself: with it, less is checked
+        del properties[name]
+    schema["anyOf"] = [{"required": [name], "properties": {name: {"type": "string"}}} for name in ("key", "user")]
     schema["additionalProperties"] = False
-    properties["key"] = {"type": "string", **_NAME}
-    for name in ("user", "conversationId", "model", "requestModel", "operation", "writer", "messageId"):
+    for name in ("key", "user", "conversationId", "model", "requestModel", "operation", "messageId"):
         properties[name] = {"type": ["string", "null"], **_NAME}
     properties["messageId"]["pattern"] = r"^[!-~]+$"
     properties["tags"] = {"type": ["array", "null"], "maxItems": MAX_TAGS, "items": {"type": "string", **_NAME}}
-    for name in ("retries", "httpStatus", "sequence"):
+    for name in ("retries", "httpStatus"):
         properties[name] = dict(_COUNT)
     for name in ("latency", "timeToFirstToken"):
         properties[name] = {"type": ["number", "null"], "minimum": 0, "maximum": MOST}

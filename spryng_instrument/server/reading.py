@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
+from spryng_instrument.api import MAX_BYTES
 from spryng_instrument.errors import QueryError
 from spryng_instrument.prices import rate
 from spryng_instrument.reports import conversation_record, decimal_text, message_record, period, usage_report
 from spryng_instrument.store.base import GROUPS, Filter, Store, zone_of
 
 MAX_PAGE = 1_000
+MAX_FILTER_TAGS = 100
+"""Tags to be filtered by; each is a condition of its own."""
+_STEP = 50
+"""Messages that are read at a time: a page of long ones ends early."""
 _WHO = ("key", "no_key", "tag", "model", "conversation")
 _WHEN = ("since", "until", "month", "zone")
 _PAGE = ("after", "limit")
@@ -31,7 +36,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 def usage(store: Store, query: QueryParams) -> Response:
     """Usage by one of GROUPS, as JSON or CSV."""
     where, zone = _question("/usage", query)
-    by, form = _one(query, "by") or "key", _one(query, "format") or "json"
+    by, form = _one(query, "by", "key"), _one(query, "format", "json")
     if by not in GROUPS:
         raise QueryError(f"by={by!r} must be one of: {', '.join(GROUPS)}")
     if form not in ("json", "csv"):
@@ -46,9 +51,19 @@ def messages(store: Store, query: QueryParams) -> Response:
     """A page of messages, newest first."""
     where, zone = _question("/messages", query)
     rate(store)
-    page = store.messages(where, after=_one(query, "after"), limit=_limit(query))
+    after, left = _one(query, "after"), _limit(query)
     tz = zone_of(zone)
-    return _json({"messages": [message_record(row, tz) for row in page.rows], "next": page.next})
+    records: list[msgspec.Raw] = []
+    size = 0
+    while left and size < MAX_BYTES:
+        page = store.messages(where, after=after, limit=min(left, _STEP))
+        more = [msgspec.Raw(msgspec.json.encode(message_record(row, tz))) for row in page.rows]
+        records += more
+        size += sum(map(len, map(bytes, more)))
+        left, after = left - len(more), page.next
+        if after is None:
+            break
+    return _json({"messages": records, "next": after})
 
 
 def conversations(store: Store, query: QueryParams) -> Response:
@@ -66,9 +81,9 @@ def _question(path: str, query: QueryParams) -> tuple[Filter, str]:
             raise QueryError(
                 f"{name}={query[name]!r} is no parameter of {path}; there are: {', '.join(PARAMETERS[path])}"
             )
-    zone = _one(query, "zone") or "UTC"
+    zone = _one(query, "zone", "UTC")
     zone_of(zone)
-    no_key = _one(query, "no_key") or "false"
+    no_key = _one(query, "no_key", "false")
     if no_key not in ("true", "false"):
         raise QueryError(f"no_key={no_key!r} must be true or false")
     key = _one(query, "key")
@@ -76,23 +91,29 @@ def _question(path: str, query: QueryParams) -> tuple[Filter, str]:
         raise QueryError(f"key={key!r} and no_key=true exclude each other")
     since, until = period(_one(query, "since"), _one(query, "until"), _one(query, "month"), zone)
     tags = tuple(query.getlist("tag"))
-    for text in (key, *tags, _one(query, "model"), _one(query, "conversation")):
-        if text is not None and "\0" in text:
-            raise QueryError(f"{text!r} has a NUL in it, which no message has")
+    if len(tags) > MAX_FILTER_TAGS:
+        raise QueryError(f"tag={tags[0]!r} and others are {len(tags)}; {MAX_FILTER_TAGS} are allowed")
+    for name, text in query.multi_items():
+        if "\0" in text:
+            raise QueryError(f"{name}={text!r} has a NUL in it, which no message has")
     where = Filter(key, no_key == "true", tags, _one(query, "model"), _one(query, "conversation"), since, until)
     return where, zone
 
 
-def _one(query: QueryParams, name: str) -> str | None:
+@overload
+def _one(query: QueryParams, name: str) -> str | None: ...
+@overload
+def _one(query: QueryParams, name: str, default: str) -> str: ...
+def _one(query: QueryParams, name: str, default: str | None = None) -> str | None:
     values = query.getlist(name)
     if len(values) > 1:
         raise QueryError(f"{name} is given {len(values)} times; give it once")
-    return values[0] if values else None
+    return values[0] if values else default
 
 
 def _limit(query: QueryParams) -> int:
-    text = _one(query, "limit") or "100"
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PAGE:
+    text = _one(query, "limit", "100")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= MAX_PAGE:
         raise QueryError(f"limit={text!r} must be a whole number between 1 and {MAX_PAGE}")
     return int(text)
 

@@ -236,6 +236,14 @@ class Store(Destination, Protocol):
         """The numbers up to *last_sequence* of a writer that are not in the ledger."""
         ...
 
+    def roll_up(self, limit: int = 100) -> int:
+        """Sum up as many stretches of time as *limit* that questions would sum from messages. Returns how many.
+
+        Raises:
+            StoreError: not now, or never by this user. Questions are answered all the same.
+        """
+        ...
+
     def keep_api_key(self, key: ApiKey) -> None:
         """Keep a key of the server, in place of one with the same id."""
         ...

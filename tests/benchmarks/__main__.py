@@ -1,7 +1,7 @@
 """What instrument() adds to a call, to a chunk and to an import, beside the least that any instrumentation adds.
 
     python -m tests.benchmarks            # all
-    python -m tests.benchmarks call chunk paths import memory
+    python -m tests.benchmarks call chunk paths import memory server
 
 Every figure is CPU time of the calling thread, the SDK's transport stubbed, everything in one process; variants take
 turns call by call, so that what disturbs one disturbs all, and the median over rounds is shown. Trust the ratios.
@@ -28,6 +28,8 @@ import wrapt
 from openai import _base_client as base
 
 import spryng_instrument
+
+from .server import bench_server  # noqa: F401
 
 ROUNDS = 60
 CALLS = 30
@@ -328,5 +330,5 @@ with instrumented() as ours:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("call", "chunk", "paths", "import", "memory"):
+    for name in sys.argv[1:] or ("call", "chunk", "paths", "import", "memory", "server"):
         globals()[f"bench_{name}"]()

@@ -64,7 +64,8 @@ def fill_sqlite(store: SqliteStore, count: int, step_us: int) -> None:
 def fill_postgres(store: PostgresStore, count: int, step_us: int) -> None:
     tags = "CASE {} WHEN 0 THEN '{{support,chat}}'::text[] WHEN 1 THEN '{{search}}' WHEN 2 THEN '{{chat}}' "
     tags += "WHEN 3 THEN '{{}}' ELSE '{{batch,night}}' END"
-    id = "lpad(to_hex(i >> 16), 8, '0') || '-' || lpad(to_hex(i & 65535), 4, '0') || '-7000-8000-' || lpad(i::text, 12, '0')"
+    id = "lpad(to_hex(i >> 16), 8, '0') || '-' || lpad(to_hex(i & 65535), 4, '0') || "
+    id += "'-7000-8000-' || lpad(i::text, 12, '0')"
     selected = values(tags.format, str, id, step_us).replace("{false}", "false")
     stop_us = micros(START) + count * step_us
     for start in range(0, count, CHUNK):
