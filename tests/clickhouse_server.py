@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from email.message import Message
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,7 +100,15 @@ class ClickHouse:
 @cache
 def clickhouse() -> ClickHouse:
     """The server of this process's tests, started by the first that wants one."""
-    return ClickHouse()
+    from spryng_instrument.store.clickhouse import ClickHouseStore
+
+    from .messages import message
+
+    server = ClickHouse()
+    with server.database() as url, closing(ClickHouseStore(url)) as store:  # what is first takes seconds
+        store.record([message()], timeout_s=100)
+        store.total()
+    return server
 
 
 class Engine:

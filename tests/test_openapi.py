@@ -83,7 +83,7 @@ def test_schemathesis(server: Serving, tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, re.sub(r"(.{500}).*", r"\1...", done.stdout)[-20_000:] + done.stderr
-    assert "No issues found" in done.stdout
+    assert re.search(r"(\d{3,}) generated, \1 passed", done.stdout), done.stdout
 
 
 PATHS = [path for _, path, _ in ROUTES]
