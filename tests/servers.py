@@ -24,10 +24,11 @@ from .proxy import free_port
 class Postgres:
     """A PostgreSQL that runs within a `with`, or ends with the process that started it.
 
-    It does not sync to the disk: what it has acknowledged survives its SIGKILL, as the tests want, but no power cut.
+    Unless told to, it does not sync to the disk: what it acknowledged survives its SIGKILL, but no power cut.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fsync: bool = False) -> None:
+        self._fsync = "on" if fsync else "off"
         self.port = free_port()
         self._names = count(1)
         self._folder = tempfile.mkdtemp(prefix="spryng-postgres-")
@@ -52,7 +53,7 @@ class Postgres:
         """Start it, again after `kill`, and wait until it answers."""
         dies_with_us = ["setpriv", "--pdeathsig", "INT"] if sys.platform == "linux" else []
         options = {
-            "port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off",
+            "port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": self._fsync,
             "autovacuum": "off", "max_connections": 200, "shared_buffers": "64MB", "restart_after_crash": "on",
         }  # fmt: skip
         command = [*self._as_user, *dies_with_us, _program("postgres"), "-D", self._data]

@@ -101,7 +101,7 @@ def test_what_runs_the_server() -> None:
     unit.read_string(text)
     starts = [compose["services"]["usage"]["command"].split("&&")[1].strip(' "'), unit["Service"]["ExecStart"]]
     for start in starts:
-        program, name, *options = start.split()
+        program, name, *options = start.removeprefix("exec ").split()
         assert Path(program).name == "spryng"
         assert name == "serve"
         commands.commands["serve"].make_context("serve", options)

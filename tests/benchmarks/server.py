@@ -13,13 +13,17 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 
 from spryng_instrument.api import body_of, wire_of
 from spryng_instrument.message import Message, Usage, new_id
-from spryng_instrument.store.sqlite import SqliteStore
+from spryng_instrument.store import open_store
 
+from ..servers import Postgres
 from ..serving import serving
 
 ROUNDS = 3
@@ -27,7 +31,7 @@ SIZES = ((1, 32, 1_000), (100, 4, 20_000), (1_000, 4, 20_000))
 """Messages a request, connections, messages a round."""
 
 
-def messages(count: int) -> list[Message]:
+def messages(total: int) -> list[Message]:
     """As a process of ours delivers them."""
     now = datetime.now(timezone.utc)
     return [
@@ -38,7 +42,7 @@ def messages(count: int) -> list[Message]:
             host="api.openai.com", latency_ms=812.5, usage=Usage(900, 120, 1020, 0, None, 0), writer="0123456789abcdef",
             sequence=number + 1,
         )
-        for number in range(count)
+        for number in range(total)
     ]  # fmt: skip
 
 
@@ -84,36 +88,56 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def bench_server() -> None:
+@contextmanager
+def sqlite() -> Iterator[Callable[[], str]]:
     with tempfile.TemporaryDirectory() as folder:
-        for batch, connections, count in SIZES:
-            rates, bare_rates, costs, bare_costs = [], [], [], []
-            times: list[float] = []
-            with serving(f"sqlite:///{folder}/served{batch}.db") as server:
-                store = SqliteStore(Path(folder, f"bare{batch}.db"))
-                for _ in range(ROUNDS):
-                    sent = messages(count)
-                    started, cpu = time.perf_counter(), time.process_time()
-                    for start in range(0, count, batch):
-                        store.record(sent[start : start + batch])
-                    bare_rates.append(count / (time.perf_counter() - started))
-                    bare_costs.append(time.process_time() - cpu)
+        number = count()
+        yield lambda: f"sqlite:///{folder}/{next(number)}.db"
 
-                    ours, theirs = multiprocessing.Pipe(duplex=False)
-                    arguments = (server.port, connections, requests(messages(count), batch), theirs)
-                    client = multiprocessing.get_context("fork").Process(target=send, args=arguments)
-                    cpu = cpu_s(server.pid)
-                    client.start()
-                    took, each = ours.recv()
-                    client.join()
-                    costs.append(cpu_s(server.pid) - cpu)
-                    rates.append(count / took)
-                    times += each
-                memory = Path(f"/proc/{server.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
-            ratio = statistics.median(mine / bare for mine, bare in zip(rates, bare_rates, strict=True))
-            cost = statistics.median(mine / bare for mine, bare in zip(costs, bare_costs, strict=True))
-            p99 = sorted(times)[int(len(times) * 0.99)] * 1e3
-            print(f"server, batch {batch:5,}, {connections:2} connections: {statistics.median(rates):7,.0f} "
+
+@contextmanager
+def postgres() -> Iterator[Callable[[], str]]:
+    with Postgres(fsync=True) as server, ExitStack() as stack:
+        yield lambda: stack.enter_context(server.ledger())
+
+
+def bench_server() -> None:
+    for name, engine in (("SQLite", sqlite), ("PostgreSQL", postgres)):
+        with engine() as fresh:
+            _bench(name, fresh)
+
+
+def _bench(name: str, fresh: Callable[[], str]) -> None:
+    for batch, connections, total in SIZES:
+        rates, bare_rates, costs, bare_costs = [], [], [], []
+        times: list[float] = []
+        with serving(fresh()) as server:
+            store = open_store(fresh())
+            store.record([])
+            for _ in range(ROUNDS):
+                sent = messages(total)
+                started, cpu = time.perf_counter(), time.process_time()
+                for start in range(0, total, batch):
+                    store.record(sent[start : start + batch])
+                bare_rates.append(total / (time.perf_counter() - started))
+                bare_costs.append(time.process_time() - cpu)
+
+                ours, theirs = multiprocessing.Pipe(duplex=False)
+                arguments = (server.port, connections, requests(messages(total), batch), theirs)
+                client = multiprocessing.get_context("fork").Process(target=send, args=arguments)
+                cpu = cpu_s(server.pid)
+                client.start()
+                took, each = ours.recv()
+                client.join()
+                costs.append(cpu_s(server.pid) - cpu)
+                rates.append(total / took)
+                times += each
+            store.close()
+            memory = Path(f"/proc/{server.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
+        ratio = statistics.median(mine / bare for mine, bare in zip(rates, bare_rates, strict=True))
+        cost = statistics.median(mine / bare for mine, bare in zip(costs, bare_costs, strict=True))
+        p99 = sorted(times)[int(len(times) * 0.99)] * 1e3
+        print(f"{name} server, batch {batch:5,}, {connections:2} connections: {statistics.median(rates):7,.0f} "
                   f"messages/s, bare store {statistics.median(bare_rates):7,.0f}, ratio {ratio:.2f}"
                   f"{' (goal: 0.60)' if batch == 100 else ''}; CPU {cost:.2f} x; p99 {p99:.0f} ms; "
                   f"{int(memory) // 1024} MB")  # fmt: skip
