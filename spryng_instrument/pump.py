@@ -22,8 +22,6 @@ from spryng_instrument.store.base import Destination
 
 log = logging.getLogger("spryng_instrument")
 
-BATCH = 500
-"""Messages a transaction."""
 SEGMENT_LINES = 50_000
 """While the destination is down, the open segment grows to this before a new one is begun."""
 ORPHANS_EVERY_S = 10.0
@@ -210,10 +208,7 @@ class Pump:
         conflicts: list[bytes] = []
         refused: list[bytes] = []
         source = iter(lines)
-        # A destination may want fewer at once, to get something done in each call.
-        while block := [
-            line.removesuffix(b"\n") for line in islice(source, getattr(self.destination, "batch_size", BATCH))
-        ]:
+        while block := [line.removesuffix(b"\n") for line in islice(source, self.destination.batch_size)]:
             batch: dict[int, Message] = {}
             for number, line in enumerate(block):
                 try:

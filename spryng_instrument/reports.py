@@ -15,11 +15,14 @@ from typing import Any
 from spryng_instrument.errors import QueryError
 from spryng_instrument.prices import Rated, rate
 from spryng_instrument.store.base import Conversation, Filter, Store, StoredMessage, UsageRow, zone_of
+from spryng_instrument.store.sql import period_of, within
 
 NONE_LABELS = {"key": "(no key)", "conversation": "(no conversation)", "tag": "(no tag)", "model": "(unknown)"}
 """How a group is called whose messages have none."""
 COUNTS = tuple(field.name for field in fields(UsageRow) if field.name not in ("group", "key", "cost_usd"))
 """The whole numbers of a row, in the order of every table."""
+WINDOWS = ("day", "month")
+"""What a report can be cut into."""
 MOMENTS = "a date (2026-11-30), a time (2026-11-30T14:00), today, yesterday, or an age (90min, 24h, 7d, 2w)"
 """What --since and --until take."""
 
@@ -43,6 +46,10 @@ class UsageReport:
     """Models of the messages that have usage and no cost."""
     rated: Rated
     """What became of the messages that had no cost yet."""
+    window: str | None = None
+    """"day" or "month": rows are of one of these each, and the same group has many."""
+    windows: tuple[str, ...] = ()
+    """Of each row."""
 
     @property
     def cost_is_at_least(self) -> bool:
@@ -52,7 +59,8 @@ class UsageReport:
     @property
     def columns(self) -> list[str]:
         """Names of the columns: the group, its key where that does not follow from it, the counts and the cost."""
-        return [*(["key"] if self.by == "conversation" else []), self.by, *COUNTS, "cost_usd"]
+        window = [self.window] if self.window else []
+        return [*window, *(["key"] if self.by == "conversation" else []), self.by, *COUNTS, "cost_usd"]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON has it: costs as decimal strings, None for groups that have no name."""
@@ -61,43 +69,69 @@ class UsageReport:
             "zone": self.zone,
             "since": None if self.where.since is None else self.where.since.isoformat(),
             "until": None if self.where.until is None else self.where.until.isoformat(),
-            "rows": [self._record(row) for row in self.rows],
+            **({"window": self.window} if self.window else {}),
+            "rows": [self._record(index, row) for index, row in enumerate(self.rows)],
             "total": _counts(self.total),
             "cost_is_at_least": self.cost_is_at_least,
             "unpriced_models": list(self.unpriced_models),
         }
 
-    def _record(self, row: UsageRow) -> dict[str, Any]:
+    def _record(self, index: int, row: UsageRow) -> dict[str, Any]:
+        window = {self.window: self.windows[index]} if self.window else {}
         owner = {"key": row.key} if self.by == "conversation" else {}
-        return {**owner, self.by: row.group, **_counts(row)}
+        return {**window, **owner, self.by: row.group, **_counts(row)}
 
     def as_table(self) -> list[list[Any]]:
         """A list of values a row, in the order of `columns`, with labels for groups that have no name."""
         return [
             [
+                *self.windows[index : index + 1],
                 *([label("key", row.key)] if self.by == "conversation" else []),
                 label(self.by, row.group),
                 *(getattr(row, name) for name in COUNTS),
                 row.cost_usd,
             ]
-            for row in self.rows
+            for index, row in enumerate(self.rows)
         ]
 
 
-def usage_report(store: Store, by: str, where: Filter = Filter(), zone: str = "UTC") -> UsageReport:  # noqa: B008
+def usage_report(
+    store: Store,
+    by: str,
+    where: Filter = Filter(),  # noqa: B008
+    zone: str = "UTC",
+    window: str | None = None,
+) -> UsageReport:
     """Usage of the messages of *where*, grouped by one of GROUPS, with the costs that can be known now.
 
+    Args:
+        window: "day" or "month": the groups of each. A conversation then counts in each that it has a message in.
+
     Raises:
-        QueryError: an unknown *by* or *zone*.
+        QueryError: an unknown *by*, *zone* or *window*.
         StoreError: the ledger cannot be read.
     """
-    zone_of(zone)
+    tz = zone_of(zone)
+    if window not in (None, *WINDOWS) or (window and by in WINDOWS):
+        raise QueryError(f"window={window!r} must be one of: {', '.join(WINDOWS)}; and by={by!r} none of them")
     rated = rate(store)
-    rows, total = store.usage_and_total(by, where, zone=zone)
+    windows: list[str] = []
+    rows, total = store.usage_and_total(window or by, where, zone=zone)
+    if window:
+        found, rows = rows, []
+        for each in found:
+            _, start, stop = period_of(window, _start_of(str(each.group), tz), tz)
+            of_it = store.usage(by, within(where, start, stop))
+            rows += of_it
+            windows += [str(each.group)] * len(of_it)
     models = tuple(
         label("model", row.group) for row in (store.usage("model", where) if total.unpriced else ()) if row.unpriced
     )
-    return UsageReport(by, zone, where, rows, total, models, rated)
+    return UsageReport(by, zone, where, rows, total, models, rated, window, tuple(windows))
+
+
+def _start_of(label: str, tz: tzinfo) -> datetime:
+    return _midnight(date.fromisoformat(label if len(label) > len("2026-11") else f"{label}-01"), tz)
 
 
 def label(by: str, group: str | None) -> str:

@@ -27,6 +27,8 @@ from spryng_instrument.reports import decimal_text, message_record, period, usag
 from spryng_instrument.store.base import GROUPS, Filter, StoredMessage
 from spryng_instrument.store.sqlite import SqliteStore
 
+from .messages import NOON, message
+
 ZONES = ("UTC", "Asia/Kolkata", "Pacific/Chatham", "America/Sao_Paulo", "Europe/Berlin", "America/New_York")
 # Clocks change: Sao Paulo skips midnight (2018-11-04) and repeats 23:00 (2018-02-17); Chatham, New York and Berlin.
 CHANGES = [
@@ -159,9 +161,9 @@ def test_every_report_adds_up(tmp_path: Path, recorded: list[Message], where: Fi
     expected = [message for message in recorded if matches(message, where)]
     for by in GROUPS:
         wanted = defaultdict(list)
-        for message in expected:
-            for group in groups_of(message, by, ZoneInfo(zone)):
-                wanted[group].append(message)
+        for each in expected:
+            for group in groups_of(each, by, ZoneInfo(zone)):
+                wanted[group].append(each)
         command = ["usage", "--by", by, "--tz", zone, "--destination", f"sqlite:///{path}", *flags(where)]
 
         as_json = json.loads(run(*command, "--json"), parse_float=str)
@@ -326,3 +328,29 @@ def test_message_record() -> None:
 
 def an(**more: Any) -> Message:
     return Message(id=new_id(), timestamp=NOW, operation="chat.completions", **more)
+
+
+def test_windows(tmp_path: Path) -> None:
+    """Cut into days of a zone, each day has what a report of that day alone has; into months, too."""
+    store = SqliteStore(tmp_path / "usage.db")
+    store.record(
+        [
+            message(timestamp=NOON + timedelta(hours=7 * number), key="ab"[number % 2], conversation_id="c",
+                    usage=Usage(input_tokens=2**number))
+            for number in range(12)
+        ]
+    )  # fmt: skip
+    for window in ("day", "month"):
+        report = usage_report(store, "key", zone="Asia/Kolkata", window=window)
+        assert report.columns[:2] == [window, "key"]
+        assert sum(row.input_tokens for row in report.rows) == report.total.input_tokens == 2**12 - 1
+        for label in dict.fromkeys(report.windows):
+            day, month = (label, None) if window == "day" else (None, label)
+            since, until = period(day, day, month, "Asia/Kolkata")
+            alone = usage_report(store, "key", Filter(since=since, until=until), "Asia/Kolkata")
+            assert alone.rows == [row for row, of in zip(report.rows, report.windows, strict=True) if of == label]
+        assert [line[0] for line in report.as_table()] == list(report.windows)
+        assert [row[window] for row in report.as_json()["rows"]] == list(report.windows)
+    for by, wrong in (("day", "day"), ("key", "hour")):
+        with pytest.raises(QueryError, match="window="):
+            usage_report(store, by, window=wrong)

@@ -36,7 +36,7 @@ from spryng_instrument.errors import (
     StoreNotOursError,
 )
 from spryng_instrument.prices import price_of, rate
-from spryng_instrument.reports import decimal_text, message_record, period, usage_report
+from spryng_instrument.reports import WINDOWS, decimal_text, message_record, period, usage_report
 from spryng_instrument.settings import DEFAULT_DESTINATION, without_secrets
 from spryng_instrument.store import open_store
 from spryng_instrument.store.base import GROUPS, Filter, Page, Store, StoredMessage, zone_of
@@ -116,11 +116,12 @@ def commands() -> None:
 
 @commands.command()
 @click.option("--by", type=click.Choice(GROUPS), default="key", show_default=True, help="What a row is.")
+@click.option("--window", type=click.Choice(WINDOWS), help="The groups of each day or month.")
 @who_options
 @when_options
 @form_options
 @ledger_options
-def usage(by: str, zone: str, form: str | None, as_json: bool, **given: Any) -> None:
+def usage(by: str, window: str | None, zone: str, form: str | None, as_json: bool, **given: Any) -> None:
     """Usage and cost by customer, tag, conversation, model, day or month.
 
     Messages are those to bill: answered, or streams that were begun. Input contains what was cached. The total counts
@@ -132,7 +133,7 @@ def usage(by: str, zone: str, form: str | None, as_json: bool, **given: Any) -> 
     form = _form(form, as_json)
     where = _filter(given, zone)
     store = _ledger(given)
-    report = usage_report(store, by, where, zone)
+    report = usage_report(store, by, where, zone, window)
     if form == "json":
         print_json(report.as_json())
     elif form == "csv":

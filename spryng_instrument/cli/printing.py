@@ -17,6 +17,7 @@ def print_usage(report: UsageReport) -> None:
     """The table for people."""
     period_zone = f" ({report.zone})" if report.by in ("day", "month") else ""
     columns = [
+        *([Column(f"{report.window} ({report.zone})")] if report.window else []),
         *([Column("key", fold=True)] if report.by == "conversation" else []),
         Column(f"{report.by}{period_zone}", fold=True),
         Column("messages", True, 1),
@@ -31,15 +32,16 @@ def print_usage(report: UsageReport) -> None:
     decimals = decimals_for(report.total.cost_usd)
     lines = [
         [
+            *report.windows[index : index + 1],
             *([label("key", row.key)] if report.by == "conversation" else []),
-            label(report.by, row.group) if row is not report.total else "total",
+            label(report.by, row.group),
             *(f"{getattr(row, name):,}" for name in names),
             money(row.cost_usd, row.unpriced, decimals),
         ]
-        for row in [*report.rows, report.total]
+        for index, row in enumerate([*report.rows, report.total])
     ]
-    if report.by == "conversation":
-        lines[-1][:2] = ["total", ""]
+    labels = len(columns) - len(names) - 1
+    lines[-1][: labels - bool(report.window)] = ["total", *[""] * (labels - 1)]
     print_table(columns, lines[:-1], lines[-1])
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from spryng_instrument import __version__
 from spryng_instrument.api import FIELDS, MAX_MESSAGES, MAX_PROPERTIES, MAX_TAGS, MAX_TEXT, Result, Results, TrackUsage
-from spryng_instrument.reports import MOMENTS
+from spryng_instrument.reports import MOMENTS, WINDOWS
 from spryng_instrument.server.reading import MAX_PAGE, PARAMETERS
 from spryng_instrument.store.base import GROUPS
 from spryng_instrument.usage import COUNTS, DETAILS, MOST
@@ -29,6 +29,7 @@ _BODY_ERRORS = {
 }
 _ABOUT: dict[str, dict[str, Any]] = {
     "by": {"description": "What a row is.", "schema": {"enum": list(GROUPS), "default": "key"}},
+    "window": {"description": "The groups of each day or month.", "schema": {"enum": list(WINDOWS)}},
     "key": {"description": "Only this customer."},
     "no_key": {
         "description": "Only messages without a key.",

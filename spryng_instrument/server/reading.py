@@ -26,7 +26,7 @@ _WHO = ("key", "no_key", "tag", "model", "conversation")
 _WHEN = ("since", "until", "month", "zone")
 _PAGE = ("after", "limit")
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "/usage": ("by", *_WHO, *_WHEN, "format"),
+    "/usage": ("by", "window", *_WHO, *_WHEN, "format"),
     "/messages": (*_WHO, *_WHEN, *_PAGE),
     "/conversations": (*_WHO, *_WHEN, *_PAGE),
 }
@@ -41,7 +41,7 @@ def usage(store: Store, query: QueryParams) -> Response:
         raise QueryError(f"by={by!r} must be one of: {', '.join(GROUPS)}")
     if form not in ("json", "csv"):
         raise QueryError(f"format={form!r} must be json or csv")
-    report = usage_report(store, by, where, zone)
+    report = usage_report(store, by, where, zone, _one(query, "window"))
     if form == "json":
         return _json(report.as_json())
     return _csv(report.columns, ([*row[:-1], decimal_text(row[-1])] for row in report.as_table()))

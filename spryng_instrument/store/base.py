@@ -17,6 +17,8 @@ from spryng_instrument.message import Message
 
 GROUPS = ("key", "tag", "conversation", "model", "day", "month")
 """What usage can be grouped by."""
+BATCH = 500
+"""Messages a transaction, where nothing speaks against it."""
 COST_UNIT = Decimal("1e-12")
 """Costs are kept as whole trillionths of a US dollar, in which the price of a token is a whole number."""
 
@@ -42,6 +44,11 @@ class Receipt:
 
 class Destination(Protocol):
     """Where the pump delivers to."""
+
+    @property
+    def batch_size(self) -> int:
+        """Messages to hand over at once, so that every call gets something done."""
+        ...
 
     def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
         """Keep *messages* durably, each id once.

@@ -13,7 +13,7 @@ import msgspec
 
 from spryng_instrument.api import Result, Results, body_of, seed_of, wire_of
 from spryng_instrument.message import Message
-from spryng_instrument.store.base import Outcome
+from spryng_instrument.store.base import BATCH, Outcome
 from spryng_instrument.store.transport import LOOK_AGAIN_S, Answer, BatchPoster, Fate
 
 REMEMBERED = 100_000
@@ -40,8 +40,8 @@ class HttpDestination(BatchPoster):
 
     @property
     def batch_size(self) -> int:
-        """Messages to hand over at once: few, where each is a request, so that every call gets something done."""
-        return 20 if self._one_by_one else 500
+        """Messages to hand over at once: few, where each is a request."""
+        return 20 if self._one_by_one else BATCH
 
     @property
     def _one_by_one(self) -> bool:

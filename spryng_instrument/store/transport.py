@@ -24,7 +24,7 @@ import msgspec
 from spryng_instrument.api import MAX_BYTES, MAX_MESSAGES
 from spryng_instrument.errors import SettingsError, StoreError
 from spryng_instrument.message import Message
-from spryng_instrument.store.base import Outcome, Receipt
+from spryng_instrument.store.base import BATCH, Outcome, Receipt
 
 FINAL = (400, 409, 413, 422)
 """Statuses that sending the same again will not change."""
@@ -75,6 +75,11 @@ class BatchPoster(ABC):
 
     content_type = "application/json"
     gzips = True
+
+    @property
+    def batch_size(self) -> int:
+        """Messages to hand over at once."""
+        return BATCH
 
     def __init__(self, url: str, api_key: str | None) -> None:
         if urlsplit(url).query:

@@ -26,7 +26,7 @@ from spryng_instrument.store.sqlite import _ROLL_UP, SqliteStore, _transaction
 from tests.clickhouse_server import clickhouse
 from tests.servers import Postgres
 
-START = datetime(2026, 11, 1, tzinfo=timezone.utc)
+START = datetime(2026, 10, 1, tzinfo=timezone.utc)
 DAYS = 30
 CHUNK = 500_000
 COLUMNS = (
