@@ -23,6 +23,7 @@ import msgspec
 from spryng_instrument.errors import QueryError
 from spryng_instrument.message import BILLABLE, Message
 from spryng_instrument.store.base import (
+    BATCH,
     GROUPS,
     ApiKey,
     Conversation,
@@ -56,6 +57,7 @@ FACTS = ("first_us", "last_us", *DIMENSIONS, *SUMS)
 class SqlStore:
     """The reading half of a ledger that speaks SQL. A subclass says how it connects and what its dialect is."""
 
+    batch_size = BATCH
     source: ClassVar[str] = "messages m"
     """The messages, each once."""
     has_tag: ClassVar[str]
