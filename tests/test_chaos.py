@@ -1,8 +1,8 @@
 """Writers, servers, the database and the network between them fail at random: what returned is counted exactly once.
 
 Real processes and real signals: 8 writers call the SDK, deliver over a bad network to servers of the Track Usage API,
-which keep one ledger. SPRYNG_TEST_FULL=1 lets each test go on for a minute instead of 15 s; nox sets it in one session. SPRYNG_CHAOS has
-any number of seconds.
+which keep one ledger. SPRYNG_TEST_FULL=1 lets each test go on for a minute instead of 15 s;
+nox sets it in one session. SPRYNG_CHAOS has any number of seconds.
 """
 
 from __future__ import annotations
