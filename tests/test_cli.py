@@ -623,7 +623,7 @@ def test_push_says_what_is_left(api: TrackUsageServer) -> None:
     leave(Path("journal"), a(), a(1))
     api.script = ["401"] * 50
 
-    result = spryng("push", "--timeout", "0.1")
+    result = spryng("push", "--timeout", "3")
 
     assert (result.exit_code, result.stdout[:20]) == (1, "0 messages delivered")
     assert "2 messages left in" in result.stderr
