@@ -35,7 +35,7 @@ from urllib3.exceptions import HTTPError
 from spryng_instrument.errors import QueryError, SchemaTooNewError, SettingsError, StoreError, StoreNotOursError
 from spryng_instrument.message import Message
 from spryng_instrument.settings import without_secrets
-from spryng_instrument.store.base import GROUPS, ApiKey, Cost, Filter, Outcome, Page, Receipt, UsageRow, zone_of
+from spryng_instrument.store.base import GROUPS, ApiKey, Cost, Filter, Page, Receipt, UsageRow, zone_of
 from spryng_instrument.store.rows import (
     COLUMNS,
     INTEGERS,
@@ -43,12 +43,12 @@ from spryng_instrument.store.rows import (
     SELECT,
     TEXTS,
     USAGE,
-    is_same,
     message_of,
     micros,
     moment,
     pusd,
     row_of,
+    sort_out,
     stored_of,
 )
 from spryng_instrument.store.sql import API_KEY, Ask, SqlStore, _order, _usage_row, api_key_row, period_of
@@ -193,14 +193,8 @@ class ClickHouseStore(SqlStore):
         already is found, or else written twice and shown once. Two writers that bring different messages of one id at
         the same moment are both told "recorded"; the first one's is kept.
         """
-        new: dict[str, Message] = {}
-        outcomes: list[Outcome] = []
         with self._asking(timeout_s) as (client, ask):
-            there = self._stored(ask, [message.id for message in messages])
-            for message in messages:
-                known = there.get(message.id) or new.get(message.id)
-                new.setdefault(message.id, message) if known is None else None
-                outcomes.append("recorded" if known is None else "duplicate" if is_same(known, message) else "conflict")
+            new, outcomes = sort_out(messages, self._stored(ask, [message.id for message in messages]))
             if new:
                 rows = [_row(message) for message in new.values()]
                 client.insert(

@@ -42,6 +42,7 @@ from spryng_instrument.store.rows import (
     is_same,
     message_of,
     micros,
+    numbers_of,
     pusd,
     row_of,
     stored_of,
@@ -558,10 +559,7 @@ _TAGS = COLUMNS.index("tags")
 
 def _count(db: _Connection, new: list[Message]) -> None:
     """Say what was added: to whose numbers, and to which buckets."""
-    numbers: dict[str, list[int]] = {}
-    for message in new:
-        if message.writer is not None:
-            numbers.setdefault(message.writer, []).append(message.sequence or 0)
+    numbers = numbers_of(new)
     buckets = {micros(message.timestamp) // BUCKET_US * BUCKET_US for message in new}
     if new:
         given = numbers.values()

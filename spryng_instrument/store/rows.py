@@ -5,7 +5,7 @@ Times are whole microseconds since 1970, costs whole trillionths of a US dollar:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from spryng_instrument.message import Message, Usage
-from spryng_instrument.store.base import COST_UNIT, StoredMessage
+from spryng_instrument.store.base import COST_UNIT, Outcome, StoredMessage
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
@@ -74,6 +74,32 @@ def stored_of(row: Sequence[Any]) -> StoredMessage:
 def is_same(one: Message, other: Message) -> bool:
     """Whether two messages say the same. A usage without a single count says as much as none."""
     return one == other or row_of(one) == row_of(other)
+
+
+def sort_out(messages: Sequence[Message], there: Mapping[str, Message]) -> tuple[dict[str, Message], list[Outcome]]:
+    """Those that are new, by id, and what becomes of each; *there* are the ones that a ledger has already.
+
+    Within a batch, too, the first message of an id is the one that is kept.
+    """
+    new: dict[str, Message] = {}
+    outcomes: list[Outcome] = []
+    for message in messages:
+        known = there.get(message.id) or new.get(message.id)
+        if known is None:
+            new[message.id] = message
+            outcomes.append("recorded")
+        else:
+            outcomes.append("duplicate" if is_same(known, message) else "conflict")
+    return new, outcomes
+
+
+def numbers_of(messages: Iterable[Message]) -> dict[str, list[int]]:
+    """The numbers that each process gave to its messages."""
+    numbers: dict[str, list[int]] = {}
+    for message in messages:
+        if message.writer is not None:
+            numbers.setdefault(message.writer, []).append(message.sequence or 0)
+    return numbers
 
 
 def micros(time: datetime) -> int:

@@ -18,9 +18,19 @@ import msgspec
 
 from spryng_instrument.errors import SchemaTooNewError, StoreBusyError, StoreError, StoreNotOursError
 from spryng_instrument.message import Message
-from spryng_instrument.store.base import ApiKey, Cost, Filter, Outcome, Page, Receipt
+from spryng_instrument.store.base import ApiKey, Cost, Filter, Page, Receipt
 from spryng_instrument.store.forks import unforked
-from spryng_instrument.store.rows import COLUMNS, SELECT, USAGE, is_same, message_of, pusd, row_of, stored_of
+from spryng_instrument.store.rows import (
+    COLUMNS,
+    SELECT,
+    USAGE,
+    message_of,
+    numbers_of,
+    pusd,
+    row_of,
+    sort_out,
+    stored_of,
+)
 from spryng_instrument.store.sql import (
     API_KEY,
     BUCKET_US,
@@ -131,25 +141,15 @@ class SqliteStore(SqlStore):
                 time.sleep(0.005)
 
     def _record(self, messages: Sequence[Message], timeout_s: float, started: float) -> Receipt:
-        new: dict[str, Message] = {}
-        outcomes: list[Outcome] = []
         with self._connect(timeout_s, started) as db, _transaction(db):
-            there = self._stored(_asking(db), [message.id for message in messages])
-            for message in messages:
-                known = there.get(message.id) or new.get(message.id)
-                new.setdefault(message.id, message) if known is None else None
-                outcomes.append("recorded" if known is None else "duplicate" if is_same(known, message) else "conflict")
+            new, outcomes = sort_out(messages, self._stored(_asking(db), [message.id for message in messages]))
             [[newest]] = db.execute("SELECT coalesce(max(arrival), 0) FROM messages").fetchall()
             rows = [row_of(message) for message in new.values()]
             # Many rows a statement: each statement gives up the interpreter's lock, and may wait 5 ms to have it back.
             for start in range(0, len(rows), _ROWS):
                 some = rows[start : start + _ROWS]
                 db.execute(_INSERT + ", ".join([_MARKS] * len(some)), [value for row in some for value in row])
-            numbers: dict[str, list[int]] = {}
-            for message in new.values():
-                if message.writer is not None:
-                    numbers.setdefault(message.writer, []).append(message.sequence or 0)
-            for writer, given in numbers.items():
+            for writer, given in numbers_of(new.values()).items():
                 db.execute(_WRITER, (writer, max(given), len(given)))
             facts, values = self._message_facts(Filter())
             db.execute(_ROLL_UP.format(f"{facts} AND m.arrival > ?"), [*values, newest])

@@ -110,7 +110,7 @@ FILL: dict[str, Callable[[Any, int, int], None]] = {
 @contextmanager
 def scanning(store: SqlStore) -> Iterator[None]:
     """Without rollups."""
-    store._facts = lambda ask, where: store._message_facts(where)  # type: ignore[method-assign]
+    store._facts = lambda ask, where: store._message_facts(where)
     try:
         yield
     finally:

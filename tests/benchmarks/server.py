@@ -67,7 +67,7 @@ def send(port: int, connections: int, waiting: list[bytes], told: multiprocessin
     while selector.get_map():
         for key, _ in selector.select():
             sock, state = key.fileobj, key.data
-            state[1] += sock.recv(1 << 20)  # type: ignore[union-attr]
+            state[1] += sock.recv(1 << 20)
             head, found, body = state[1].partition(b"\r\n\r\n")
             if not found or len(body) < int(head.lower().split(b"content-length: ")[1].split(b"\r")[0]):
                 continue
@@ -76,10 +76,10 @@ def send(port: int, connections: int, waiting: list[bytes], told: multiprocessin
             taken.append(time.perf_counter() - state[0])
             if waiting:
                 state[:] = [time.perf_counter(), b""]
-                sock.sendall(waiting.pop())  # type: ignore[union-attr]
+                sock.sendall(waiting.pop())
             else:
                 selector.unregister(sock)
-                sock.close()  # type: ignore[union-attr]
+                sock.close()
     told.send((time.perf_counter() - started, taken))
 
 
