@@ -32,6 +32,8 @@ def clean_name(what: str, value: object) -> str | None:
             return None
         say(f"{what}={value!r}: a {what} must be a string, not {type(value).__name__}; recorded as {str(value)!r}")
         value = str(value)
+    if type(value) is not str:
+        value = exact_text(value)
     if len(value) > MAX_KEY:
         from hashlib import sha256
 
@@ -65,7 +67,7 @@ def clean_tags(tags: object) -> tuple[str, ...]:
 def clean_query(query: object) -> str | None:
     """A query as it is recorded."""
     if query is None or isinstance(query, str):
-        return query
+        return query if query is None else exact_text(query)
     say(f"query={query!r}: a query must be a string, not {type(query).__name__}; recorded as its text")
     return str(query)
 
@@ -79,16 +81,24 @@ def clean_properties(properties: object) -> dict[str, Scalar] | None:
     except (TypeError, ValueError):
         say(f"properties={properties!r}: properties must map names to values; recorded without them")
         return None
-    return {str(name): value if _is_scalar(value) else str(value) for name, value in items}
+    return {exact_text(name): _scalar(value) for name, value in items}
 
 
-def _is_scalar(value: object) -> bool:
-    """Whether JSON has this value as it is, and every reader of it too."""
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**63
-    if isinstance(value, float):
-        return abs(value) < float("inf")
-    return value is None or isinstance(value, str)
+def _scalar(value: object) -> Scalar:
+    """A value that JSON has, and every reader of it too; the text of any other."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return int.__index__(value)
+    if isinstance(value, float) and abs(value) < float("inf"):
+        return float.__float__(value)
+    return exact_text(value)
+
+
+def exact_text(value: object) -> str:
+    """*value*, or the text of it, as a str and no subclass: templates, NumPy and enums have some, and few encoders."""
+    text = value if isinstance(value, str) else str(value)
+    return text if type(text) is str else str.__str__(text)
 
 
 _said: set[tuple[CodeType | None, int, str]] = set()

@@ -5,17 +5,27 @@
     │   └── MissingExtraError      the optional dependency that it needs is not installed
     ├── NotInstrumentedError       track_usage() or flush() before instrument()
     ├── MissingKeyError            no customer's key, where one is required
+    ├── BudgetExceeded             a hard budget has no room for a call
     ├── UsageError                 a usage that cannot be: negative, no integer, a total that does not add up
     ├── ApiError                   a message sent to the Track Usage API that cannot be taken
     ├── QueryError                 a report that cannot be made: an unknown --by, an impossible date or zone
+    ├── PlanError                  a rate plan that cannot be, or a file of plans that is not there
+    ├── BillError                  a bill that cannot be closed, or a correction that cannot be made
+    ├── OrganizationError          OpenAI does not tell its own usage and costs, to reconcile with
     └── StoreError                 the destination does not take messages; they wait in the journal
         ├── StoreBusyError         locked by another process for too long
         ├── StoreNotOursError      corrupt, or somebody else's file
         └── SchemaTooNewError      written by a newer spryng_instrument than this one
 
-None of them is ever raised into an OpenAI call, except MissingKeyError when on_missing_key="raise" asked for it,
-and then before the request is sent.
+None of them is ever raised into an OpenAI call, except MissingKeyError when on_missing_key="raise" asked for it and
+BudgetExceeded when a budget with hard = true did, and then before the request is sent.
 """
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from spryng_instrument.spending import BudgetReached
 
 
 class SpryngError(Exception):
@@ -41,6 +51,25 @@ class MissingKeyError(SpryngError, ValueError):
     """A call has no customer's key and on_missing_key="raise", or track_usage() was given none."""
 
 
+class BudgetExceeded(SpryngError):
+    """A hard budget has no room for a call, which was not sent. *reached* has the figures."""
+
+    def __init__(self, reached: BudgetReached) -> None:
+        super().__init__(reached)
+        self.reached = reached
+
+    def __str__(self) -> str:
+        return f"{self.reached}. The call was not sent."
+
+
+class Refusal(Exception):
+    """Not of the tree, and never seen outside: carries what a call is to raise past what keeps our own bugs from it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class UsageError(SpryngError, ValueError):
     """A usage handed to track_usage() cannot be true. The message names the field and its value."""
 
@@ -56,6 +85,18 @@ class ApiError(SpryngError, ValueError):
 
 class QueryError(SpryngError, ValueError):
     """A report was asked for that cannot be made. The message names the value and what is allowed."""
+
+
+class PlanError(SpryngError, ValueError):
+    """A rate plan cannot be, or its file is not there. The message names the file, the place and the value."""
+
+
+class BillError(SpryngError):
+    """A bill cannot be closed, or a correction cannot be made. Nothing was changed."""
+
+
+class OrganizationError(SpryngError):
+    """OpenAI's own usage and costs cannot be had. The message says what it answered and what to do."""
 
 
 class StoreError(SpryngError):

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from spryng_instrument.checks import exact_text
+
 Status = Literal["ok", "error", "incomplete", "cancelled"]
 """ok: answered. error: failed. incomplete: a stream that was left before its end. cancelled: by the caller's task.
 
@@ -46,6 +48,10 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Part of the input that was images."""
     output_image_tokens: int | None = None
     """Part of the output that was images."""
+    cached_audio_tokens: int | None = None
+    """Part of the cached input that was audio."""
+    cached_image_tokens: int | None = None
+    """Part of the cached input that was images."""
     seconds: float | None = None
     """Seconds of audio, where the API counts those."""
 
@@ -130,7 +136,12 @@ def new_id(ns: int | None = None) -> str:
     return _id_format % (ms >> 16, ms & 0xFFFF, next(_id_numbers) & 0xFFFF_FFFF_FFFF)
 
 
-_encoder = msgspec.json.Encoder()
+def _exact(value: object) -> object:
+    """What msgspec does not know, as JSON has it: subclasses of text and floats, and the text of anything else."""
+    return float.__float__(value) if isinstance(value, float) else exact_text(value)
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_exact)
 _decoder = msgspec.json.Decoder(Message)
 
 
