@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
-from spryng_instrument.streams import hook_close
+from spryng_instrument.streams import hook_close, running_frame
 from spryng_instrument.tallies import SseLines
 
 if TYPE_CHECKING:
@@ -17,9 +18,11 @@ def watch_body(call: Call, response: Any) -> None:
     tap = _Tap(call, response)
     is_async = not hasattr(response.stream, "__iter__")
     prefix = "a" if is_async else ""
-    for name, decoded in ((f"{prefix}iter_bytes", True), (f"{prefix}iter_raw", False)):
-        setattr(response, name, tap.tapped(getattr(response, name), is_async, decoded))
-    hook_close(call, response, f"{prefix}close", lambda: tap.reading)
+    hooks = {
+        name: tap.tapped(getattr(response, name), is_async, decoded)
+        for name, decoded in ((f"{prefix}iter_bytes", True), (f"{prefix}iter_raw", False))
+    }
+    hook_close(call, response, f"{prefix}close", tap.steps, hooks)
 
 
 _BINARY = ("audio/", "image/", "video/", "application/octet-stream")
@@ -32,23 +35,28 @@ class _Tap:
     """What was seen of one body."""
 
     def __init__(self, call: Call, response: Any) -> None:
-        self.reading = False
-        """Whether a part is being waited for. The response may close itself then: that is not the caller's doing."""
+        self._steps_begun: list[ref[Any]] = []
         self._call = call
         self._response = response
         self._events = SseLines() if "event-stream" in response.headers.get("content-type", "") else None
         self._body: list[bytes] = []
         self._is_read = not response.headers.get("content-type", "").startswith(_BINARY)
 
+    def steps(self) -> Any:
+        """The generator that reads the body now, if one does. There may be others, which it refused."""
+        return next((steps for begun in self._steps_begun if running_frame(steps := begun()) is not None), None)
+
     def tapped(self, read: Callable[..., Any], is_async: bool, decoded: bool) -> Callable[..., Any]:
         """*read*, one of the response's own iterators, with a look at each part that it gives."""
 
         def reading(*args: Any, **kwargs: Any) -> Any:
             parts = read(*args, **kwargs)
-            if self.reading:
+            if self.steps() is not None:
                 return parts  # the raw bytes that our other iterator reads
             decoder = None if decoded else self._decoder()
-            return self._async_steps(parts, decoder) if is_async else self._steps(parts, decoder)
+            steps = self._async_steps(parts, decoder) if is_async else self._steps(parts, decoder)
+            self._steps_begun.append(ref(steps))
+            return steps
 
         return reading
 
@@ -68,7 +76,6 @@ class _Tap:
 
     def _steps(self, parts: Iterator[bytes], decoder: Any) -> Iterator[bytes]:
         while True:
-            self.reading = True
             try:
                 part = next(parts)
             except StopIteration:
@@ -77,14 +84,11 @@ class _Tap:
             except BaseException as exc:
                 self._failed(exc)
                 raise
-            finally:
-                self.reading = False
             self._guarded(self._see, part, decoder)
             yield part
 
     async def _async_steps(self, parts: AsyncIterator[bytes], decoder: Any) -> AsyncIterator[bytes]:
         while True:
-            self.reading = True
             try:
                 part = await parts.__anext__()
             except StopAsyncIteration:
@@ -93,8 +97,6 @@ class _Tap:
             except BaseException as exc:
                 self._failed(exc)
                 raise
-            finally:
-                self.reading = False
             self._guarded(self._see, part, decoder)
             yield part
 

@@ -270,7 +270,8 @@ def _steps(scope: usage_context, steps: Generator[Any, Any, Any]) -> Generator[A
             step = partial(steps.throw, exc)
 
 
-def _async_steps(scope: usage_context, steps: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+def async_steps(scope: usage_context, steps: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+    """The same generator, each of whose steps runs within *scope*."""
     driven: AsyncGenerator[Any, Any] = _async_generator(lambda: steps, lambda args, kwargs: scope)()
     return driven
 
@@ -278,7 +279,7 @@ def _async_steps(scope: usage_context, steps: AsyncGenerator[Any, Any]) -> Async
 _CARRIERS: Mapping[type, Callable[[usage_context, Any], Any]] = {
     CoroutineType: _awaited,
     GeneratorType: _steps,
-    AsyncGeneratorType: _async_steps,
+    AsyncGeneratorType: async_steps,
 }
 
 

@@ -15,7 +15,7 @@ import fcntl
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
@@ -24,6 +24,8 @@ from typing import NoReturn
 from spryng_instrument.errors import SettingsError
 
 SUFFIX = ".jsonl"
+"""Of the files of messages. A version that gives a message what this one cannot read takes another one: processes that
+were not updated yet leave its files alone then, for those that were."""
 ASIDE = "set-aside"
 """The folder, within the journal's, of lines that could not be delivered: corrupt ones and conflicts."""
 
@@ -355,7 +357,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def set_aside(origin: Path, lines: list[bytes], reason: str) -> Path:
+def set_aside(origin: Path, lines: Sequence[bytes], reason: str) -> Path:
     """Keep *lines*, of the segment *origin*, that cannot be delivered where a person finds them. Safe to repeat."""
     folder = origin.parent / ASIDE
     folder.mkdir(exist_ok=True)

@@ -15,13 +15,14 @@ from typing import Any
 from weakref import ref
 
 from spryng_instrument.bodies import watch_body
+from spryng_instrument.checks import exact_text
 from spryng_instrument.context import Scope
 from spryng_instrument.deferred import WAITING
 from spryng_instrument.endpoints import Endpoint
 from spryng_instrument.message import BILLABLE, Message, Status, new_id
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.streams import watch_async_stream, watch_stream
-from spryng_instrument.tallies import SseLines, Tally
+from spryng_instrument.tallies import SseLines, Tally, finishes
 from spryng_instrument.usage import NOTHING, Reading, fields_of, lenient, read_body, read_reply
 
 _time_of = datetime.fromtimestamp
@@ -38,6 +39,14 @@ class Call:
     """Whether it was by us: then the chunk that this adds is ours, and the caller never sees it."""
     unasked: tuple[tuple[Any, ...], dict[str, Any]]
     """The caller's own arguments, where ours ask for usage: to fall back on."""
+    choices = 1
+    """How many a stream has."""
+    resent = False
+    """Whether it was sent again without that: the server had refused it."""
+    held: tuple[Any, ...] = ()
+    """What it takes room in, of budgets, until it is at its end."""
+    closing = False
+    """Whether another thread or task closes the stream in the middle of reading it."""
     _streamed = False
     _open = False
     _done = False
@@ -61,7 +70,7 @@ class Call:
         self._key = key
         if key is None:
             self._call_site = recorder.unkeyed()
-        self._request_model = model if type(model) is str else None
+        self._request_model = exact_text(model) if isinstance(model, str) else None
         self.query = scope.query
         self._time_ns = time_ns()
         self._started = perf_counter()
@@ -87,14 +96,21 @@ class Call:
         try:
             if self._answer is not None:
                 return _plain(self, self._answer)  # cut off, or of another type than wanted: answered and paid for
+            if self._open and (self.closing or (self._tally.complete and not isinstance(exc, Exception))):
+                return self.left()
             status: Status = "error" if isinstance(exc, Exception) else "cancelled"
             http_status = getattr(exc, "status_code", None)
-            headers = getattr(exc.__dict__.get("response"), "headers", None)
+            response = exc.__dict__.get("response")
+            headers = getattr(response, "headers", None)
             if isinstance(headers, Mapping):  # older SDKs have no exc.request_id
                 self._request_id = headers.get("x-request-id") or self._request_id
             request = exc.__dict__.get("request")  # httpx's own property of that name raises where there is none
             if request is not None:
                 self._retries = _retries_of(request)
+            if type(http_status) is int and http_status < 300:  # answered and paid for; but of another form than wanted
+                answer = read_body(_content_of(response))
+                if answer.usage is not None:
+                    return self._finish("ok", answer)
             self._finish(
                 status,
                 self._tally.reading() if self._open else NOTHING,
@@ -118,6 +134,10 @@ class Call:
             self._recorder.bug("reading a chunk")
             return False
         return token
+
+    def looks_ahead(self, chunk: object) -> bool:
+        """Whether its usage may follow this chunk, with which the answer ends: many callers stop here."""
+        return self.asked and self._tally.complete and finishes(chunk)
 
     def whole(self) -> None:
         """The stream has said that nothing follows, though its body may not be read to its end."""
@@ -146,6 +166,8 @@ class Call:
     def __del__(self) -> None:
         if self._open and not self._done:
             self.left(finaliser=True)
+        if self.held:
+            self._release()
 
     def open(self, response: Any, *, streamed: bool = True) -> None:
         """From here on the call lasts until the stream, or the body that is not read yet, is at its end."""
@@ -157,6 +179,7 @@ class Call:
         self.__dict__.pop("unasked", None)  # not to be kept as long as the stream is
         self._streamed = streamed
         self._tally = self.endpoint.tally()
+        self._tally.choices = self.choices
         self._open = True
         self._recorder.open_calls[id(self)] = ref(self)
 
@@ -191,10 +214,10 @@ class Call:
         finaliser: bool = False,
     ) -> None:
         if self._done:
-            return
+            return None
         self._done = True
         if self._open and self._recorder.open_calls.pop(id(self), None) is None:
-            return  # another thread was faster
+            return None  # another thread was faster
         if reading.failure is not None and status in BILLABLE:
             status, error = "error", reading.failure
         recorder = self._recorder
@@ -202,12 +225,24 @@ class Call:
         if self._kept:
             if not waits:
                 recorder.settle(reading)
-            return
+            return self._release()
         message = self._message(status, reading, error, http_status, numbered=not waits)
         if waits:
             recorder.defer(message)
-        else:
-            recorder.record(message, finaliser=finaliser)
+            return self._release()
+        try:
+            recorder.record(message, finaliser=finaliser, held=self.held)
+        except Exception:
+            self._release()
+            raise
+        self.held = ()
+        return None
+
+    def _release(self) -> None:
+        """It takes no room any more: its message, if it is to have one, comes later."""
+        held, self.held = self.held, ()
+        if held and self._recorder.budgets is not None:
+            self._recorder.budgets.ended(None, held)
 
     def _keep(self) -> None:
         """Once a stream says that its work goes on without it: another reader may be at its end before this one."""
@@ -301,6 +336,15 @@ class Read(Call):
 def _retries_of(request: Any) -> int | None:
     count = request.headers.get("x-stainless-retry-count", "")
     return int(count) if count.isdigit() else None
+
+
+def _content_of(response: Any) -> bytes:
+    """The whole body, if it was read."""
+    try:
+        content: bytes = response.content
+    except Exception:
+        return b""
+    return content
 
 
 _kinds: dict[type, Callable[[Call, Any], None]] = {}

@@ -17,13 +17,13 @@ from spryng_instrument import recorder as recording
 from spryng_instrument.agents import SessionCall, TurnsRead
 from spryng_instrument.context import Scope, current_scope
 from spryng_instrument.endpoints import endpoint_of
-from spryng_instrument.errors import MissingKeyError
+from spryng_instrument.errors import MissingKeyError, Refusal
 from spryng_instrument.integrations import executors
 from spryng_instrument.observe import Call, Read
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.seams import unwrap, wrap
 from spryng_instrument.settings import Settings, differences, resolve
-from spryng_instrument.sockets import patch_sockets
+from spryng_instrument.sockets import patch_sockets, see_anew
 
 log = logging.getLogger("spryng_instrument")
 
@@ -61,6 +61,7 @@ def uninstrument() -> None:
     with _lock:
         recorder = recording.active
         unwrap()
+        see_anew()
         if recorder is not None and recorder.settings.threads:
             executors.uninstall_threads()
         recording.activate(None)
@@ -93,6 +94,9 @@ def _patch() -> None:
 
 
 def _sync_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    recorder = recording.active
+    if recorder is not None and recorder.budgets is not None:
+        recorder.budgets.wait()
     call, args, kwargs = _begin(client, args, kwargs)
     if call is None:
         return wrapped(*args, **kwargs)
@@ -105,11 +109,16 @@ def _sync_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict
                 raise
             args, kwargs = call.unasked
         else:
+            if call.resent:
+                _do_not_ask(call.host)
             call.replied(reply)
             return reply
 
 
 async def _async_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    recorder = recording.active
+    if recorder is not None and recorder.budgets is not None:
+        await recorder.budgets.wait_async()
     call, args, kwargs = _begin(client, args, kwargs)
     if call is None:
         return await wrapped(*args, **kwargs)
@@ -122,6 +131,8 @@ async def _async_request(wrapped: Any, client: Any, args: tuple[Any, ...], kwarg
                 raise
             args, kwargs = call.unasked
         else:
+            if call.resent:
+                _do_not_ask(call.host)
             call.replied(reply)
             return reply
 
@@ -149,7 +160,9 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
         if type(body) is not dict:
             body = NO_BODY
         kind = SessionCall if endpoint.kind == "session" else Call
+        held = () if recorder.budgets is None else recorder.budgets.admit(key, scope.tags)
         call = kind(recorder, endpoint, scope, key, _host_of(client, options.url), body.get("model"))
+        call.held = held
         if recorder.settings.capture_query and call.query is None:
             call.query = _query_of(body)
         # Where only the body says stream, the SDK hands out its text as it came: nothing in there could be hidden.
@@ -162,9 +175,12 @@ def _begin(client: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun
         return call, args, kwargs
     except MissingKeyError:
         raise
+    except Refusal as refusal:
+        error = refusal.error
     except Exception:
         recorder.bug("starting a call")
         return None, args, kwargs
+    raise error  # outside of `except`: it is to be seen as it was raised, with nothing of ours as its context
 
 
 def _ask_for_usage(
@@ -172,6 +188,7 @@ def _ask_for_usage(
 ) -> _Arguments:
     """Have a stream report its usage, where that is safe and the caller has not chosen: in a copy of the request."""
     extra = options.extra_json if isinstance(getattr(options, "extra_json", None), Mapping) else {}
+    call.choices = _choices_of({**body, **extra})
     chosen = extra.get("stream_options", body.get("stream_options"))
     if isinstance(chosen, Mapping) and "include_usage" in chosen:
         call.asked = chosen["include_usage"] is True
@@ -191,6 +208,15 @@ def _ask_for_usage(
     call.asked = call.hides = True
     call.unasked = args, kwargs
     return _with_options(asking, args, kwargs)
+
+
+def _choices_of(body: Mapping[str, Any]) -> int:
+    """How many choices a stream has: n of each prompt."""
+    n, prompts = body.get("n"), body.get("prompt")
+    count = n if type(n) is int and n > 0 else 1
+    if type(prompts) is list and prompts and type(prompts[0]) is not int:  # else it is one, as tokens
+        count *= len(prompts)
+    return count
 
 
 def _copy_of(options: Any) -> Any:
@@ -216,21 +242,26 @@ def _may_ask(host: str | None, settings: Settings) -> bool:
 
 
 def _refuses_stream_options(call: Call, exc: BaseException) -> bool:
-    """Whether a server rejected the call for what we added. It is not asked again, and the call is sent as it was."""
+    """Whether a server may have rejected the call for what we added: then it is sent as the caller made it."""
     if not call.hides or getattr(exc, "status_code", None) not in (400, 422) or "stream_options" not in str(exc):
         return False
     call.asked = call.hides = False
-    if call.host is not None:
-        _refusing.add(call.host)
-        log.warning("%s rejects stream_options: the tokens of its streams are not reported", call.host)
+    call.resent = True
     return True
+
+
+def _do_not_ask(host: str | None) -> None:
+    """What failed with our addition has passed without it. (Where it fails again, the caller's own is the reason.)"""
+    if host is not None and host not in _refusing:
+        _refusing.add(host)
+        log.warning("%s rejects stream_options: the tokens of its streams are not reported", host)
 
 
 def _host_of(client: Any, url: str) -> str | None:
     """Host, and port where one is given, that a request goes to."""
     if "://" in url:
         return urlsplit(url).netloc.rpartition("@")[2].lower()
-    base = client._base_url
+    base = client.base_url  # not _base_url: the module-level client makes it anew of what is set there
     known = _hosts.get(id(base))
     if known is not None and known[0] is base:
         return known[1]

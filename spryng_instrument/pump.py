@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from spryng_instrument.errors import StoreError
 from spryng_instrument.journal import SUFFIX, Journal, Segment, set_aside
@@ -25,7 +27,18 @@ log = logging.getLogger("spryng_instrument")
 SEGMENT_LINES = 50_000
 """While the destination is down, the open segment grows to this before a new one is begun."""
 ORPHANS_EVERY_S = 10.0
+HOUR_S = 3600.0
 LONGEST_WAIT_S = 30.0
+
+
+class Begun(NamedTuple):
+    """How far a segment was delivered, to go on there when delivery failed in the middle of it."""
+
+    lines: int = 0
+    """Of its beginning: the destination has acknowledged them, or they are among these."""
+    corrupt: tuple[bytes, ...] = ()
+    conflict: tuple[bytes, ...] = ()
+    refused: tuple[bytes, ...] = ()
 
 
 class Pump:
@@ -33,9 +46,19 @@ class Pump:
 
     Args:
         beat_s: how long messages are collected before they are delivered together.
+        begun: what an earlier one left of segments in their middle.
+        hourly: called in the thread, every hour that it lives.
     """
 
-    def __init__(self, journal: Journal, destination: Destination, *, beat_s: float) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        destination: Destination,
+        *,
+        beat_s: float,
+        begun: dict[Path, Begun] | None = None,
+        hourly: Callable[[], None] | None = None,
+    ) -> None:
         self.journal = journal
         self.destination = destination
         self.delivered = 0
@@ -46,6 +69,8 @@ class Pump:
         """Why the last delivery failed; None if it did not."""
         self.started = False
         self._beat_s = beat_s
+        self._begun = {} if begun is None else begun
+        self._hourly = hourly
         self._draining = threading.Lock()
         self._stop = threading.Event()
         self._signal = threading.Lock()  # a binary semaphore whose release, unlike an Event's set, never waits
@@ -56,11 +81,14 @@ class Pump:
         self._from_memory = 0
 
     def start(self) -> None:
-        """Start the thread, if it does not run. Where none can be started any more, the exit delivers."""
+        """Start the thread. Where none can be started now, the next message tries again; the exit delivers, too."""
         self.started = True
         thread = threading.Thread(target=self._run, name="spryng-pump", daemon=True)
-        with suppress(RuntimeError):
+        try:
             thread.start()
+        except RuntimeError:
+            self.started = False
+        else:
             self._thread = thread
 
     def wake(self) -> None:
@@ -68,20 +96,29 @@ class Pump:
         with suppress(RuntimeError):
             self._signal.release()
 
-    def flush(self, timeout_s: float, *, orphans: bool = False) -> bool:
-        """Deliver now, in this thread. Returns whether all that this process recorded is at the destination."""
+    def flush(self, timeout_s: float, *, last: bool = False, orphans: bool = False) -> bool:
+        """Deliver now, in this thread. Returns whether all that this process recorded before is at the destination.
+
+        Args:
+            last: whether what is recorded meanwhile is delivered as well.
+            orphans: whether what dead processes left is.
+        """
         deadline = time.monotonic() + timeout_s
         grown_s = 0.0
         while True:
             left = deadline - time.monotonic()
+            done = False
             if self._draining.acquire(timeout=max(left, 0)):
                 try:
+                    held_back = self.failure is not None
                     self._drain(deadline)
+                    # Messages that came meanwhile are not waited for: others may record without a pause.
+                    done = not (last or held_back or self.failure or self.journal.sealed)
                     if orphans and self.failure is None:
                         self._drain_orphans(deadline)
                 finally:
                     self._draining.release()
-            if not self.journal.waiting:
+            if done or not self.journal.waiting:
                 return True
             if time.monotonic() >= deadline:
                 return False
@@ -90,7 +127,7 @@ class Pump:
 
     def stop(self, timeout_s: float) -> bool:
         """Deliver what can be within the time, and end the thread. What is left stays in the journal."""
-        done = self.flush(timeout_s)
+        done = self.flush(timeout_s, last=True)
         self._stop.set()
         self.wake()
         if self._thread is not None:
@@ -99,6 +136,7 @@ class Pump:
 
     def _run(self) -> None:
         wait_s = grown_s = 0.0
+        hour_at = time.monotonic()
         while not self._stop.is_set():
             if not wait_s:
                 self._signal.acquire(timeout=ORPHANS_EVERY_S)
@@ -109,6 +147,9 @@ class Pump:
                     self._drain(None)
                     if self.failure is None and time.monotonic() - self._orphans_at >= ORPHANS_EVERY_S:
                         self._drain_orphans(None)
+                    if self._hourly is not None and time.monotonic() - hour_at >= HOUR_S:
+                        hour_at = time.monotonic()
+                        self._hourly()
                 except Exception:
                     log.exception("delivering failed on a bug; messages wait in the journal and are tried again")
                     wait_s = LONGEST_WAIT_S
@@ -175,11 +216,15 @@ class Pump:
 
     def _deliver(self, segment: Segment, deadline: float | None) -> int:
         """Deliver a segment and delete it. Returns how many of its lines had to be set aside."""
+        keep = partial(self._begun.__setitem__, segment.path)
         try:
-            apart = self._set_aside(segment.path, self._record(segment.lines(), deadline))
+            done = self._record(segment.lines(), deadline, self._begun.get(segment.path, Begun()), keep)
+            apart = self._set_aside(segment.path, done)
             segment.delete()
         finally:
             segment.release()
+            for path in [path for path in self._begun if not path.exists()]:  # others may have delivered it, too
+                del self._begun[path]
         return apart
 
     def _deliver_memory(self, deadline: float | None) -> None:
@@ -194,22 +239,27 @@ class Pump:
         self.delivered += len(lines) - apart
         self.set_aside += apart
 
-    def _set_aside(self, origin: Path, failed: tuple[list[bytes], list[bytes], list[bytes]]) -> int:
-        for reason, lines in zip(_WHAT_TO_DO, failed, strict=True):
+    def _set_aside(self, origin: Path, done: Begun) -> int:
+        for reason, what_to_do in _WHAT_TO_DO.items():
+            lines: tuple[bytes, ...] = getattr(done, reason)
             if lines:
                 aside = set_aside(origin, lines, reason)
                 log.error("%d %s line(s) of the journal were set aside in %s; %s", len(lines), reason, aside,
-                          _WHAT_TO_DO[reason])  # fmt: skip
-        return sum(map(len, failed))
+                          what_to_do)  # fmt: skip
+        return len(done.corrupt) + len(done.conflict) + len(done.refused)
 
-    def _record(self, lines: Iterable[bytes], deadline: float | None) -> tuple[list[bytes], list[bytes], list[bytes]]:
-        """Record every line. Returns those that are corrupt, in conflict, or that the destination cannot take."""
-        corrupt: list[bytes] = []
-        conflicts: list[bytes] = []
-        refused: list[bytes] = []
-        source = iter(lines)
+    def _record(
+        self,
+        lines: Iterable[bytes],
+        deadline: float | None,
+        begun: Begun = Begun(),  # noqa: B008
+        keep: Callable[[Begun], object] = lambda begun: None,
+    ) -> Begun:
+        """Record every line from where it was *begun* on; *keep* is told after each batch how far it is."""
+        source = islice(lines, begun.lines, None)
         while block := [line.removesuffix(b"\n") for line in islice(source, self.destination.batch_size)]:
             batch: dict[int, Message] = {}
+            corrupt, conflicts, refused = list[bytes](), list[bytes](), list[bytes]()
             for number, line in enumerate(block):
                 try:
                     if line.strip():
@@ -236,7 +286,14 @@ class Pump:
                     except Exception:
                         log.exception("the destination refuses message %s", message.id)
                         refused.append(block[number])
-        return corrupt, conflicts, refused
+            begun = Begun(
+                begun.lines + len(block),
+                (*begun.corrupt, *corrupt),
+                (*begun.conflict, *conflicts),
+                (*begun.refused, *refused),
+            )
+            keep(begun)
+        return begun
 
     def _left(self, deadline: float | None) -> float:
         return 5.0 if deadline is None else max(deadline - time.monotonic(), 0.01)
@@ -250,12 +307,18 @@ _WHAT_TO_DO = {
 
 
 def deliver_orphans(
-    folder: Path, destination: Destination, *, timeout_s: float = 5.0, said: Callable[[int], None] = lambda count: None
+    folder: Path,
+    destination: Destination,
+    *,
+    timeout_s: float = 5.0,
+    said: Callable[[int], None] = lambda count: None,
+    begun: dict[Path, Begun] | None = None,
 ) -> int:
     """Deliver what dead processes left in *folder*; for the command line. Returns how many messages were delivered.
 
     Args:
         said: told of each segment's number as soon as it is delivered.
+        begun: how far segments were delivered; kept by who calls again after a failure.
 
     Raises:
         StoreError: the destination does not take them now.
@@ -263,7 +326,7 @@ def deliver_orphans(
     if not folder.is_dir():
         return 0
     journal = Journal(folder, memory_limit=0, wake=lambda: None)
-    pump = Pump(journal, destination, beat_s=0)
+    pump = Pump(journal, destination, beat_s=0, begun=begun)
     deadline = time.monotonic() + timeout_s
     count = 0
     try:

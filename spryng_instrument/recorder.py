@@ -36,6 +36,7 @@ from spryng_instrument.usage import Reading, checked_usage, read_reply
 
 if TYPE_CHECKING:
     from spryng_instrument.checks import Scalar
+    from spryng_instrument.spending import Spending, Tally
 
 log = logging.getLogger("spryng_instrument")
 
@@ -61,6 +62,8 @@ class Stats:
     """Of the recorded, lines that could not be delivered and were kept apart."""
     unattributed: int = 0
     """Messages without a key."""
+    refused: int = 0
+    """Calls that a budget refused: they were not sent, and are no messages."""
     errors: int = 0
     """Bugs of ours that were kept from the caller; the log has them."""
     failure: str | None = None
@@ -89,10 +92,17 @@ class Recorder:
         self._destination = open_destination(settings.destination, settings.api_key)
         self.journal = Journal(Path(settings.journal), memory_limit=settings.memory_limit, wake=self._wake)
         self.deferred = Deferred(Path(settings.journal))
+        self.budgets: Spending | None = None
+        if settings.budgets is not None:
+            from spryng_instrument.spending import open_spending
+
+            self.budgets = open_spending(settings, nothing_waits=self._nothing_waits, bug=self.bug)
         self._begin()
 
     def _begin(self) -> None:
-        self.pump = Pump(self.journal, self._destination, beat_s=self.settings.beat_s)
+        self.pump = Pump(
+            self.journal, self._destination, beat_s=self.settings.beat_s, hourly=self._record_what_is_overdue
+        )
         self.generation = object()
         """Another one in a forked child: calls that were open at the fork are the parent's."""
         self.open_calls: dict[int, weakref.ref[OpenCall]] = {}
@@ -110,48 +120,67 @@ class Recorder:
     def _wake(self) -> None:
         self.pump.wake()
 
+    def _nothing_waits(self) -> bool:
+        return not self.journal.waiting
+
     def start(self) -> None:
         """Start delivering."""
         self.pump.start()
+        self._record_what_is_overdue()
+        self.pump.wake()  # what an earlier process left
+
+    def _record_what_is_overdue(self) -> None:
+        """What nobody has read in time goes without its usage, in a process that lives for months, too."""
         try:
             for path, message in self.deferred.overdue():
                 if message is None or self.record(message):
                     self.deferred.drop(path)
         except OSError:
             log.exception("what waits for its usage in %s cannot be looked at", self.deferred.folder)
-        self.pump.wake()  # what an earlier process left
 
     def stop(self) -> None:
-        """Deliver what can be within exit_timeout_s, and end the thread."""
+        """Deliver what can be within exit_timeout_s, and end the threads."""
+        if self.budgets is not None:
+            self.budgets.stop(self.settings.exit_timeout_s)
         self.pump.stop(self.settings.exit_timeout_s)
         self.journal.close()
         self._destination.close()
 
     def at_exit(self) -> None:
         """The interpreter ends: record the streams that are still open, and deliver."""
+        if self.budgets is not None:
+            self.budgets.stop(0)
         for open_call in list(self.open_calls.values()):
             call = open_call()
             if call is not None:
                 call.abandon()
-        self.pump.flush(self.settings.exit_timeout_s, orphans=True)
+        self.pump.flush(self.settings.exit_timeout_s, last=True, orphans=True)
         self.journal.close()
 
     def after_fork(self) -> None:
         """In the child."""
         self.journal.after_fork()
+        if self.budgets is not None:
+            self.budgets.after_fork()
         self._begin()
 
-    def record(self, message: Message, *, finaliser: bool = False) -> bool:
+    def record(self, message: Message, *, finaliser: bool = False, held: tuple[Tally, ...] = ()) -> bool:
         """Write a message to the journal. Returns whether it is kept.
 
         Args:
             finaliser: called by the garbage collector, which may run inside anything and must wait for nothing.
+            held: what its call took room in.
         """
         line = encode(message) + b"\n"
         if finaliser:
             self.journal.append_unlocked(line)
+            if self.budgets is not None:
+                self.budgets.ended(message, held)
             return True
         kept = self.journal.append(line)
+        if self.budgets is not None:
+            self.budgets.ended(message, held)
+            self.budgets.keep_up()
         if not kept or self.journal.failure is not None:
             self._say_failing()
         if not self.pump.started:
@@ -246,6 +275,7 @@ class Recorder:
             dropped=journal.dropped,
             set_aside=pump.set_aside,
             unattributed=self.unattributed,
+            refused=0 if self.budgets is None else self.budgets.refused,
             errors=self.errors,
             failure=None if failure is None else str(failure),
         )
@@ -331,7 +361,7 @@ def track_usage(
     Raises:
         NotInstrumentedError: instrument() was not called.
         MissingKeyError: no key here, in the context or as default_key.
-        UsageError: a count that cannot be, or an open_ai_response that is none.
+        UsageError: a count or a time that cannot be, or an open_ai_response that is none.
     """
     recorder = _require("track_usage()")
     scope = current_scope()
@@ -345,8 +375,10 @@ def track_usage(
             f"open_ai_response={open_ai_response!r:.200}: must be a chat completion, completion, embedding or response "
             "of the OpenAI SDK, or its dict; give other counts as usage={...}"
         )
-    if timestamp is not None and timestamp.tzinfo is None:
-        raise UsageError(f"timestamp={timestamp!r} has no zone; give an aware one, as in datetime.now(timezone.utc)")
+    if latency_ms is not None and not (isinstance(latency_ms, (int, float)) and 0 <= latency_ms < float("inf")):
+        raise UsageError(f"latency_ms={latency_ms!r} must be a number of milliseconds, at least 0")
+    if timestamp is not None and (not isinstance(timestamp, datetime) or timestamp.tzinfo is None):
+        raise UsageError(f"timestamp={timestamp!r} must be a datetime with its zone, as in datetime.now(timezone.utc)")
     reading = read_reply(open_ai_response)
     counts = checked_usage(usage) if usage is not None else reading.usage
     outer = scope if scope is not None else Scope()
@@ -354,7 +386,7 @@ def track_usage(
     message = Message(
         id=new_id(),
         timestamp=timestamp.astimezone(timezone.utc) if timestamp is not None else datetime.now(timezone.utc),
-        operation=operation or operation_of(open_ai_response) or "custom",
+        operation=clean_name("operation", operation) or operation_of(open_ai_response) or "custom",
         key=key,
         conversation_id=clean_name("conversation_id", conversation_id) or outer.conversation_id,
         tags=clean_tags((*outer.tags, *clean_tags(tags))),
@@ -373,7 +405,7 @@ def track_usage(
 
 
 def flush(timeout_s: float = 5.0) -> bool:
-    """Deliver now. Returns whether all that this process recorded is at the destination.
+    """Deliver now. Returns whether all that this process recorded before is at the destination.
 
     It blocks, for up to *timeout_s* seconds; in async code, call it with asyncio.to_thread.
     """

@@ -27,6 +27,7 @@ DESTINATIONS = {
 """What messages can be delivered to, by the scheme of its URL, with an example."""
 _ALIASES = {"postgres": "postgresql"}
 _PLAIN_HTTP = ("http", "cloudevents+http", "otlp+http")
+BUDGET_POLICIES = ("raise", "warn")
 MISSING_KEY_POLICIES = ("warn", "ignore", "raise")
 
 
@@ -67,6 +68,13 @@ class Settings:
 
     threads: bool = False
     """Have threads and thread pools carry the usage_context of whoever starts them."""
+
+    budgets: str | None = None
+    """TOML file of budgets. None: there are none, and no call is ever looked up."""
+
+    on_budget: str | Callable[[Any], object] = "raise"
+    """What a call does that a hard budget has no room for: "raise" before it is sent, "warn" once a period, or a
+    function that gets a BudgetReached; the call goes through if it returns."""
 
 
 class Setting(NamedTuple):
@@ -190,7 +198,7 @@ def _sqlite(where: str, url: str, parts: SplitResult) -> str:
     return f"sqlite:///{sqlite_path(url)}"
 
 
-def _folder(where: str, value: Any) -> str:
+def _path(where: str, value: Any) -> str:
     return os.path.abspath(os.fspath(value) if isinstance(value, os.PathLike) else _text(where, value))
 
 
@@ -204,6 +212,14 @@ def _policy(where: str, value: Any) -> str:
     if value not in MISSING_KEY_POLICIES:
         raise SettingsError(f"{where}: must be one of {', '.join(map(repr, MISSING_KEY_POLICIES))}")
     return str(value)
+
+
+def _budget_policy(where: str, value: Any) -> Any:
+    # A coroutine function would be called and never awaited: 0x80 is inspect.CO_COROUTINE.
+    is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & 0x80
+    if is_async or (value not in BUDGET_POLICIES and not callable(value)):
+        raise SettingsError(f"{where}: must be one of {', '.join(map(repr, BUDGET_POLICIES))}, or a plain function")
+    return value
 
 
 def _flag(where: str, value: Any) -> bool:
@@ -259,7 +275,7 @@ def _number_text(where: str, text: str) -> float:
 
 TABLE: dict[str, Setting] = {
     "destination": Setting(_destination, _same),
-    "journal": Setting(_folder, _same),
+    "journal": Setting(_path, _same),
     "api_key": Setting(_text, _same),
     "default_key": Setting(_text, _same),
     "on_missing_key": Setting(_policy, _same),
@@ -269,4 +285,6 @@ TABLE: dict[str, Setting] = {
     "exit_timeout_s": Setting(_seconds, _number_text),
     "memory_limit": Setting(_count, _number_text),
     "threads": Setting(_flag, _flag_text),
+    "budgets": Setting(_path, _same),
+    "on_budget": Setting(_budget_policy, _same),
 }

@@ -6,13 +6,14 @@ and when it came, but for the one that only we asked for.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from spryng_instrument.tallies import finishes, forget_usage, is_usage_chunk
+from spryng_instrument.tallies import forget_usage, is_usage_chunk
 
 if TYPE_CHECKING:
     from spryng_instrument.observe import Call
@@ -23,8 +24,7 @@ def watch_stream(call: Call, stream: Any) -> None:
     chunks = stream._iterator
     call.open(stream.response)
     stream._iterator = watch = _watch(call, chunks)
-    watching = ref(watch)
-    hook_close(call, stream.response, "close", lambda: getattr(watching(), "gi_running", False))
+    hook_close(call, stream.response, "close", ref(watch))
 
 
 def watch_async_stream(call: Call, stream: Any) -> None:
@@ -32,8 +32,7 @@ def watch_async_stream(call: Call, stream: Any) -> None:
     chunks = stream._iterator
     call.open(stream.response)
     stream._iterator = _AsyncWatch(call, chunks)
-    reading = ref(chunks)
-    hook_close(call, stream.response, "aclose", lambda: getattr(reading(), "ag_running", False))
+    hook_close(call, stream.response, "aclose", ref(chunks))
 
 
 def _watch(call: Call, chunks: Iterator[Any]) -> Any:
@@ -69,10 +68,9 @@ def _watch(call: Call, chunks: Iterator[Any]) -> Any:
                     if is_usage_chunk(chunk):
                         continue
                     forget_usage(chunk)
-                if not (call.asked and finishes(chunk)):
+                if not call.looks_ahead(chunk):
                     yield chunk
                     continue
-                # Many callers stop here, just before the usage: look one chunk ahead.
                 failure: Exception | None = None
                 following: tuple[Any, ...] = ()
                 try:
@@ -151,15 +149,15 @@ class _AsyncWatch:
             if is_usage_chunk(chunk):
                 return await self.__anext__()
             forget_usage(chunk)
-        if call.asked and finishes(chunk):
-            # Many callers stop here, just before the usage: look one chunk ahead.
+        if call.looks_ahead(chunk):
             try:
                 following = await self._chunks.__anext__()
             except StopAsyncIteration:
                 pass
             except Exception as exc:
                 self._next = partial(self._replay, failure=exc)
-            except BaseException as exc:  # the task is being cancelled: that goes first
+            except BaseException as exc:  # the task is being cancelled: that goes first, and the chunk is not lost
+                self._next = partial(self._replay, chunk)
                 call.failed(exc)
                 raise
             else:
@@ -177,28 +175,64 @@ class _AsyncWatch:
         return chunk
 
 
-def hook_close(call: Call, response: Any, name: str, is_reading: Callable[[], bool]) -> None:
-    """Report *call* when its response is closed, unless by its own end. The response keeps neither call nor stream."""
+def hook_close(
+    call: Call, response: Any, name: str, reading: Callable[[], Any], others: Mapping[str, Any] | None = None
+) -> None:
+    """Report *call* when its response is closed, unless by its own end. The response keeps neither call nor stream.
+
+    Args:
+        reading: gives the generator that reads the response, or None where it is gone.
+        others: further methods of the response that are watched until then.
+    """
     close = getattr(response, name)
     watched = ref(call)
 
-    def leave() -> None:
-        if not is_reading():
-            response.__dict__.pop(name, None)
-            open_call = watched()
-            if open_call is not None:
-                open_call.left()
+    def leaving() -> Call | None:
+        """The call, if the caller leaves it. It does not where the response is closed because it is read to its end."""
+        for hook, ours in hooks.items():  # closed once, the response is as it would be without us
+            if response.__dict__.get(hook) is ours:
+                del response.__dict__[hook]
+                response.__dict__.update(before[hook])
+        open_call = watched()
+        frame = running_frame(reading())
+        if open_call is None or frame is None:
+            return open_call
+        # Where an exception is thrown into a reader, its frames are not linked: what it closes then is its own, too.
+        if sys.exc_info()[1] is None and not _is_within(frame):
+            open_call.closing = True  # the reader is another thread or task, and about to fail
+        return None
 
     def closed() -> None:
+        left = leaving()
         try:
             close()
         finally:
-            leave()
+            if left is not None:
+                left.left()
 
     async def aclosed() -> None:
+        left = leaving()
         try:
             await close()
         finally:
-            leave()
+            if left is not None:
+                left.left()
 
-    setattr(response, name, closed if name == "close" else aclosed)
+    hooks = {name: closed if name == "close" else aclosed, **(others or {})}
+    before = {hook: {hook: response.__dict__[hook]} if hook in response.__dict__ else {} for hook in hooks}
+    response.__dict__.update(hooks)
+
+
+def running_frame(generator: Any) -> Any:
+    """The frame of a generator, of either kind, that is at work or waits for something; else None."""
+    if getattr(generator, "gi_running", False):
+        return generator.gi_frame
+    return generator.ag_frame if getattr(generator, "ag_running", False) else None
+
+
+def _is_within(frame: Any) -> bool:
+    """Whether what calls this was called out of that frame."""
+    caller: Any = sys._getframe()
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is frame

@@ -16,16 +16,19 @@ from spryng_instrument.usage import NOTHING, Reading, fields_of, lenient, read_f
 class Tally:
     """The streams of chat completions and completions: chunks with choices, and with usage when that was asked for."""
 
-    __slots__ = ("_first", "_last", "_told", "complete", "told_all")
+    __slots__ = ("_finished", "_first", "_last", "_told", "choices", "complete", "told_all")
 
     plain_field: str | None = None
     """A field that only chunks have in which nothing else than text is of interest."""
 
     def __init__(self) -> None:
+        self.choices = 1
+        """How many were asked for: each finishes by itself."""
         self.complete = False
         """Whether the answer has come to its end: who stops reading now has left nothing out."""
         self.told_all = False
         """Whether nothing that is recorded can follow."""
+        self._finished: set[object] = set()
         self._first: Mapping[str, Any] | None = None
         self._last: Mapping[str, Any] | None = None
         self._told: Mapping[str, Any] | None = None
@@ -54,8 +57,9 @@ class Tally:
             return False
         if told and not choices:
             self.told_all = self.complete  # before the finish, it is one of several cumulative reports
-        elif len(choices) == 1 and fields_of(choices[0]).get("finish_reason"):
-            self.complete = True
+        else:
+            self._finished.update(_finishing(choices))
+            self.complete = len(self._finished) >= self.choices
         return any(_is_token(fields_of(choice)) for choice in choices)
 
     def reading(self) -> Reading:
@@ -172,9 +176,15 @@ def is_usage_chunk(chunk: object) -> bool:
 
 
 def finishes(chunk: object) -> bool:
-    """Whether a stream of one choice ends with this chunk, but for its usage."""
+    """Whether a choice ends with this chunk."""
     choices = fields_of(chunk).get("choices")
-    return type(choices) is list and len(choices) == 1 and bool(fields_of(choices[0]).get("finish_reason"))
+    return type(choices) is list and bool(_finishing(choices))
+
+
+def _finishing(choices: list[Any]) -> list[int]:
+    """The numbers of those that end here."""
+    ending = [fields for choice in choices if (fields := fields_of(choice)).get("finish_reason")]
+    return [index if type(index := fields.get("index")) is int else 0 for fields in ending]
 
 
 def forget_usage(chunk: Any) -> None:

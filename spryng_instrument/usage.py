@@ -60,7 +60,7 @@ def read_fields(fields: Mapping[str, Any]) -> Reading:
     if svg is not None:  # of an image that a language model has drawn
         tools = {"svg": svg}
         if reported is None:
-            reported = svg
+            reported, model = svg, fields_of(svg).get("model")
     return Reading(
         None if reported is None else usage_of(reported),
         response_id if type(response_id) is str and response_id else None,
@@ -139,6 +139,8 @@ def usage_of(reported: object) -> Usage | None:
         made = get("output_tokens_details") or get("output_token_details")
     given_get = _NO_FIELDS if given is None else fields_of(given).get
     made_get = _NO_FIELDS if made is None else fields_of(made).get
+    cached = given_get(CACHED)
+    cached_get = _NO_FIELDS if cached is None else fields_of(cached).get
     counts: tuple[Any, ...] = (
         input_tokens,
         output_tokens,
@@ -150,19 +152,32 @@ def usage_of(reported: object) -> Usage | None:
         made_get("audio_tokens"),
         given_get("image_tokens"),
         made_get("image_tokens"),
+        cached_get("audio_tokens"),
+        cached_get("image_tokens"),
     )
     seconds = get("seconds")
     if seconds is not None:
         seconds = seconds if type(seconds) in (int, float) and 0 <= seconds <= MOST else None
     for count in counts:
         if count is not None and (type(count) is not int or not 0 <= count <= MOST):
-            counts = tuple(count if type(count) is int and 0 <= count <= MOST else None for count in counts)
+            counts = tuple(map(_count, counts))
             break
     return None if seconds is None and counts == _NO_COUNTS else Usage(*(*counts, seconds))
 
 
+def _count(value: object) -> int | None:
+    """A count that is not written as one, as the SDK reads it: 9.0 and "9" are 9. None: it makes no sense."""
+    if (isinstance(value, float) and value.is_integer()) or (
+        isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20
+    ):
+        value = int(value)
+    return value if type(value) is int and 0 <= value <= MOST else None
+
+
 _NO_COUNTS = (None,) * (len(Usage.__struct_fields__) - 1)
 _NO_FIELDS: Any = {}.get
+CACHED = "cached_tokens_details"
+"""Among the details of the input: those of what of it was cached."""
 MOST = 10**12
 """The largest count that is kept: no model takes as many, and sums of millions of them still fit 64 bits."""
 
@@ -195,7 +210,11 @@ def checked_usage(reported: object, *, any_total: bool = False) -> Usage:
     for name, count in fields.items():
         if name in DETAILS:
             for part, part_count in fields_of(count).items():
-                _check_count(f"{name}.{part}", part_count)
+                if part == CACHED:
+                    for inner, inner_count in fields_of(part_count).items():
+                        _check_count(f"{name}.{part}.{inner}", inner_count)
+                else:
+                    _check_count(f"{name}.{part}", part_count)
         elif name in COUNTS:
             _check_count(name, count)
         elif isinstance(reported, Mapping):

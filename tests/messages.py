@@ -10,6 +10,18 @@ from hypothesis import strategies as st
 from spryng_instrument.message import Message, Usage, new_id
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+ZONES = ("UTC", "Asia/Kolkata", "Pacific/Chatham", "America/Sao_Paulo", "Europe/Berlin", "America/New_York")
+# Clocks change: Sao Paulo skips midnight (2018-11-04) and repeats 23:00 (2018-02-17); Chatham, New York and Berlin.
+CHANGES = [
+    datetime(2018, 11, 4, 3, tzinfo=timezone.utc),
+    datetime(2018, 2, 18, 2, tzinfo=timezone.utc),
+    datetime(2026, 4, 4, 14, tzinfo=timezone.utc),
+    datetime(2026, 9, 26, 14, tzinfo=timezone.utc),
+    datetime(2026, 3, 8, 7, tzinfo=timezone.utc),
+    datetime(2026, 11, 1, 6, tzinfo=timezone.utc),
+    datetime(2026, 10, 25, 1, tzinfo=timezone.utc),
+    datetime(2026, 12, 31, 23, 59, 59, 999_999, tzinfo=timezone.utc),
+]
 
 text = st.text(st.characters(codec=None), max_size=12)  # lone surrogates and NUL, too
 counts = st.one_of(st.none(), st.just(0), st.integers(0, 10**12))

@@ -49,8 +49,11 @@ class ScriptedServer:
                 ours.connections += 1
                 super().setup()
 
+            def do_GET(self) -> None:
+                self.do_POST()
+
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
                 request = Request(self.path, {name.lower(): value for name, value in self.headers.items()}, body)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -503,6 +504,9 @@ def truth(reported: Any) -> Usage | None:
         return None
 
     def valid(value: Any) -> int | None:
+        text = json.dumps(value)
+        if re.fullmatch(r'\d{1,13}\.0|"\d{1,19}"', text):  # the SDK reads these as counts, too
+            value = int(text.strip('"').removesuffix(".0"))
         return value if type(value) is int and 0 <= value <= 10**12 else None
 
     def either(first: str, second: str) -> int | None:
@@ -535,6 +539,8 @@ def truth(reported: Any) -> Usage | None:
         output_audio_tokens=count(*(f"{name}/audio_tokens" for name in made)),
         input_image_tokens=count(*(f"{name}/image_tokens" for name in details)),
         output_image_tokens=count(*(f"{name}/image_tokens" for name in made)),
+        cached_audio_tokens=count(*(f"{name}/cached_tokens_details/audio_tokens" for name in details)),
+        cached_image_tokens=count(*(f"{name}/cached_tokens_details/image_tokens" for name in details)),
         seconds=seconds,
     )
     return None if usage == Usage() else usage

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.shapes import CHAT, MODES, client_of, each, http, running, settle, sse, within
+from tests.shapes import CHAT, MODES, client_of, each, following, http, running, settle, sse, truth, within
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
 HEAD = {"id": "chatcmpl-1", "model": "gpt-4o-mini-2024-07-18", "created": 1}
@@ -115,6 +115,30 @@ def test_sound_is_not_kept_in_memory(instrument):
 
     running("sync")(call())
     assert (ledger.message().operation, ledger.message().status) == ("audio.speech", "ok")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_read_by_two(mode, instrument):
+    """Who reads a body goes on to its end where another, which came later, was refused: it is read whole."""
+
+    async def call() -> Any:
+        headers = {"content-type": "application/json"}
+        async with client_of(mode, transport=transport(Slowly([PLAIN[:10], PLAIN[10:]]), headers)) as client:
+            manager = client.chat.completions.with_streaming_response.create(**CHAT)
+            async with within(manager) as raw:
+                body, prefix = raw.http_response, "a" if mode == "async" else ""
+                parts = getattr(body, f"{prefix}iter_raw")()
+                read = [await following(parts)]
+                with pytest.raises(Exception, match="already been streamed"):
+                    await following(getattr(body, f"{prefix}iter_bytes")())
+                async for part in each(parts):
+                    read.append(part)
+                return b"".join(read)
+
+    bare = running(mode)(call())
+    ledger = instrument()
+    assert running(mode)(call()) == bare == PLAIN
+    assert (ledger.message().status, ledger.message().usage) == ("ok", truth(USAGE))
 
 
 @pytest.mark.parametrize("mode", MODES)

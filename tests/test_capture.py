@@ -197,6 +197,22 @@ def test_module_level_client(shape, practice, steady, instrument, monkeypatch):
     assert fields == expected(shape, *practice.exchanges, host=f"127.0.0.1:{practice.port}")
 
 
+def test_module_level_client_that_is_sent_elsewhere(instrument, monkeypatch):
+    """openai.base_url counts when a call is made: the host is the one that was called, and is not asked unnamed."""
+    transport, asked = serving((200, "text/event-stream", [STREAMED]))
+    http_client = shapes.http.Client(transport=transport)
+    for name, value in (("api_key", "k"), ("base_url", f"{OPENAI}/"), ("http_client", http_client)):
+        monkeypatch.setattr(openai, name, value)
+    openai._reset_client()
+    ledger = instrument()
+    list(openai.chat.completions.create(**CHAT, stream=True))
+    monkeypatch.setattr(openai, "base_url", "https://gateway.example.com/v1/")
+    list(openai.chat.completions.create(**CHAT, stream=True))
+    openai._reset_client()
+    assert [request.get("stream_options") for request in asked] == [US, None]
+    assert [message.host for message in ledger.messages()] == ["api.openai.com", "gateway.example.com"]
+
+
 # --- the caller's arguments -----------------------------------------------------------------------------------------
 
 
@@ -369,6 +385,33 @@ def test_refused_twice(mode, instrument):
     assert (message.status, message.error, message.http_status) == ("error", "BadRequestError", 400)
 
 
+@both
+def test_a_bad_request_is_no_refusal(mode, instrument):
+    """Options that are the caller's own mistake fail as they would without us; later streams are asked for usage."""
+    shapes.need("stream_options argument")
+    wrong = {"error": {"message": "Invalid type for 'stream_options.include_obfuscation': expected a boolean"}}
+    counted = {**CHUNK, "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}
+    refusal = (400, "application/json", [json.dumps(wrong).encode()])
+    whole = STREAMED.replace(b"data: [DONE]", sse(counted) + b"data: [DONE]")
+    transport, asked = serving(refusal, refusal, (200, "text/event-stream", [whole]))
+    ledger = instrument()
+
+    async def call() -> None:
+        async with client_of(mode, transport=transport, base_url=OPENAI) as client:
+            odd = {"include_obfuscation": "no"}
+            with pytest.raises(openai.BadRequestError, match="expected a boolean"):
+                await settle(client.chat.completions.create(**CHAT, stream=True, stream_options=odd))
+            chunks = await settle(client.chat.completions.create(**CHAT, stream=True))
+            assert [chunk.id async for chunk in shapes.each(chunks)] == ["c-1"] * 2
+
+    running(mode)(call())
+    assert asked[2]["stream_options"] == US
+    assert [(message.status, message.usage) for message in ledger.messages()] == [
+        ("error", None),
+        ("ok", truth(counted["usage"])),
+    ]
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[str, int | None]] = {
@@ -471,6 +514,26 @@ UNPARSED: dict[str, tuple[str, dict[str, Any]]] = {
     "no JSON": ("chat.completions", {"choices": [ANSWER]}),
     "responses": ("responses", {"output": [{"type": "message", "role": "assistant", "content": [WRITTEN]}]}),
 }
+
+
+@both
+def test_answers_of_another_form(mode, instrument):
+    """What a client that validates strictly does not take was answered and paid for, too."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
+    body = json.dumps({"id": "r-1", "model": "m-1", "usage": usage, "choices": "none"}).encode()
+    transport, _ = serving((200, "application/json", [body]))
+    ledger = instrument()
+
+    async def call() -> None:
+        async with client_of(mode, transport=transport, base_url=OPENAI, _strict_response_validation=True) as client:
+            with pytest.raises(openai.APIResponseValidationError):
+                await settle(client.chat.completions.create(**CHAT))
+
+    running(mode)(call())
+    message = ledger.message()
+    assert (message.status, message.error, message.usage) == ("ok", None, truth(usage))
+    assert (message.response_id, message.response_model) == ("r-1", "m-1")
+    assert message.request_id == "req_served"
 
 
 @both
@@ -623,6 +686,27 @@ QUERIES: list[tuple[str, dict[str, Any], str | None]] = [
     ("completions", {"prompt": [1, 2, 3]}, None),
     ("embeddings", {"input": "one text", **shapes.argument("dimensions", 4)}, "one text"),
 ]
+
+
+class Text(str):
+    """As templates, NumPy and enums have them."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_text_of_any_kind(streamed, client, instrument):
+    """What is text, or a number, to the caller's program is recorded as that: no kind of it loses the message."""
+    ledger = instrument(capture_query=True)
+    asked = {"model": Text("gpt-4o-mini"), "messages": [{"role": "user", "content": Text("hello")}]}
+    share = type("Share", (float,), {})(0.5)
+    with usage_context(Text("acme"), conversation_id=Text("c-1"), tags=[Text("t")], properties={Text("share"): share}):
+        reply = client.chat.completions.create(**asked, stream=streamed)
+        if streamed:
+            list(reply)
+    message = ledger.message()
+    assert (message.key, message.conversation_id, message.tags) == ("acme", "c-1", ("t",))
+    assert (message.request_model, message.query, message.properties) == ("gpt-4o-mini", "hello", {"share": 0.5})
 
 
 @pytest.mark.parametrize(("operation", "given", "query"), QUERIES)

@@ -11,6 +11,7 @@ import logging
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -371,6 +372,30 @@ def test_long_keys_are_never_mixed(one: str, other: str) -> None:
     """Two customers with different over-long keys stay two; the same one stays the same."""
     assert clean_name("key", one) == clean_name("key", one)
     assert (clean_name("key", one) == clean_name("key", other)) == (one == other)
+
+
+class Customer(str, Enum):
+    ACME = "acme"
+
+
+class Share(float):
+    pass
+
+
+class Seat(int):
+    def __str__(self) -> str:
+        return "a seat"
+
+
+def test_only_plain_values_are_kept() -> None:
+    """Members of enums and whatever else is text or a number is kept as its value: every encoder takes that."""
+    odd: dict[str, Any] = {Customer.ACME: Customer.ACME, "share": Share(0.5), "seat": Seat(7), "none": None, "on": True}
+    with usage_context(Customer.ACME, tags=[Customer.ACME], query=Customer.ACME, properties=odd):
+        scope = current_scope()
+    assert scope is not None
+    values = [scope.key, *scope.tags, scope.query, *(scope.properties or {}).values(), *(scope.properties or {})]
+    assert values == ["acme", "acme", "acme", "acme", 0.5, 7, None, True, "acme", "share", "seat", "none", "on"]
+    assert {type(value) for value in values} == {str, float, int, bool, type(None)}
 
 
 def test_bad_tags_and_properties(caplog: pytest.LogCaptureFixture) -> None:

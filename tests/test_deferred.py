@@ -16,7 +16,7 @@ import openai
 import pytest
 
 import spryng_instrument
-from spryng_instrument import deferred, usage_context
+from spryng_instrument import deferred, pump, usage_context
 from spryng_instrument import recorder as recording
 from spryng_instrument.message import Message, Usage, new_id
 from spryng_instrument.usage import Reading
@@ -307,6 +307,21 @@ def test_never_read(instrument):
     message = ledger.message()
     assert (message.key, message.status, message.usage) == ("acme", "ok", None)
     assert not waiting.exists()
+
+
+@needs_responses
+def test_never_read_and_never_restarted(instrument, monkeypatch):
+    """So it is in a process that lives for months: it looks every hour."""
+    ledger = instrument()
+    begun_for_acme()
+    [waiting] = (ledger.journal / deferred.FOLDER).iterdir()
+    os.utime(waiting, (1, 1))
+    monkeypatch.setattr(pump, "HOUR_S", 0.0)
+    spryng_instrument.track_usage(key="globex", operation="custom")
+    deadline = time.monotonic() + 20
+    while waiting.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {message.key: message.usage for message in ledger.messages()} == {"acme": None, "globex": None}
 
 
 @needs_responses

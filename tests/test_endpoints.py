@@ -10,6 +10,7 @@ import pytest
 from spryng_instrument import usage_context
 from spryng_instrument.endpoints import ENDPOINTS, NOT_COUNTED, endpoint_of
 from spryng_instrument.message import Usage
+from spryng_instrument.usage import read_reply
 from tests import shapes
 from tests.shapes import MODES, client_of, running, seen, settle, sse
 
@@ -223,6 +224,13 @@ def test_every_stream(name, arguments, events, operation, usage, way, mode, inst
     cut, whole = sorted(ledger.messages(), key=lambda message: message.usage is not None)
     assert (whole.operation, whole.status, whole.usage, whole.streamed) == (operation, "ok", usage, True)
     assert (cut.operation, cut.status, cut.usage, cut.streamed) == (operation, "incomplete", None, True)
+
+
+def test_whose_svg() -> None:
+    """An answer with nothing but what a language model has written is that model's; beside an image, the image's is."""
+    assert read_reply({"created": 1, "svg_usage": SVG}).model == "gpt-6"
+    assert read_reply({"created": 1, "svg_usage": {**SVG, "model": None}}).model is None
+    assert read_reply({**IMAGES, "svg_usage": SVG}).model is None
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,31 @@ def frames(exc: BaseException) -> list[tuple[str, str]]:
     return [frame for frame in found if "spryng_instrument/patch.py" not in frame[0]]
 
 
+def connections() -> Any:
+    """What a program can tell of the classes of WebSocket connections, in an SDK that has some."""
+    found = []
+    for name in sockets.CONNECTIONS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue  # not in this SDK, or the package websockets is absent
+        for kind in vars(module).values():
+            if isinstance(kind, type) and kind.__module__ == name and hasattr(kind, "parse_event"):
+                methods = [getattr(kind, method) for method in ("__init__", "parse_event", "send", "close")]
+                of_methods = [
+                    (
+                        str(inspect.signature(method)),
+                        method.__qualname__,
+                        method.__doc__,
+                        [test(method) for test in TESTS],
+                    )
+                    for method in methods
+                ]
+                found.append((kind.__name__, str(inspect.signature(kind)), of_methods, dir(kind), dir(kind(None))))
+                found.append((result(lambda kind=kind: kind()), sorted(dir(mock.create_autospec(kind)))))
+    return found
+
+
 def called_autospec() -> Any:
     spec = mock.create_autospec(client(), instance=True)
     spec.request(object, mock.sentinel.options)
@@ -125,6 +150,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     "exception": lambda: seen(failing()),
     "traceback": lambda: frames(failing()),
     "context of an exception": lambda: [type((exc := failing()).__cause__), type(exc.__context__)],
+    "connections": connections,
     "missing arguments": lambda: result(lambda: client().chat.completions.create(model="x")),
     "wrong arguments of request": lambda: result(lambda: client().request())[0],
 }  # fmt: skip
@@ -166,7 +192,7 @@ def test_every_attribute_is_as_before(instrument):
         if values.get(name) is not value
     }
     assert {("SyncAPIClient", "request"), ("AsyncAPIClient", "request")} <= changed
-    assert {name for _, name in changed} <= {"request", "parse_event"}
+    assert {name for _, name in changed} <= {"request", "__init__", "parse_event", "send", "close"}
     spryng_instrument.uninstrument()
     for kind, values in before.items():
         assert vars(kind).keys() == values.keys()

@@ -106,7 +106,7 @@ def test_killed_at_random_moments(tmp_path: Path, drainers: int, lock_s: float, 
     """Four processes call and are killed with SIGKILL 20 times each: what returned is in the ledger exactly once.
 
     Alone; with two processes draining, and killed, at the same time; and with the ledger locked for 6 s by a third
-    (30 s with SPRYNG_TEST_FULL=1, as one session of nox has it). Numbers have no holes: one thread calls, so only the
+    (30 s with SPRYNG_TEST_FULL=1). Numbers have no holes: one thread calls, so only the
     last number of a killed process can be missing, and that one leaves none.
     """
     told = run("kill", tmp_path, rounds=20, workers=4, drainers=drainers, lock_s=lock_s)

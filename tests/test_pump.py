@@ -13,6 +13,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,11 +30,12 @@ import spryng_instrument
 from spryng_instrument import journal as journals
 from spryng_instrument import pump as pumps
 from spryng_instrument import recorder as recording
+from spryng_instrument.errors import StoreError
 from spryng_instrument.journal import SUFFIX, Journal, aside_lines, count_lines
 from spryng_instrument.message import Message, Usage, decode, encode, new_id
-from spryng_instrument.pump import Pump, deliver_orphans
+from spryng_instrument.pump import Begun, Pump, deliver_orphans
 from spryng_instrument.recorder import Recorder
-from spryng_instrument.store.base import Receipt
+from spryng_instrument.store.base import START, Receipt
 from spryng_instrument.store.sql import Ask
 from spryng_instrument.store.sqlite import SqliteStore
 
@@ -467,7 +469,7 @@ def test_full_disk(metered: Metered, caplog: pytest.LogCaptureFixture) -> None:
     assert until(lambda: spryng_instrument.stats().failure is None)
     store = SqliteStore(metered.path)
     assert store.health().gaps == ((metered.recorder.journal.writer, 11, 7),)
-    assert store.missing(metered.recorder.journal.writer, 11) == [6, 7, 8, 9]
+    assert store.missing({metered.recorder.journal.writer: 11}) == {metered.recorder.journal.writer: [range(6, 10)]}
     said = [error for error in errors(caplog) if "cannot be written" in error or "messages are being lost" in error]
     assert len(said) == 2
     assert f"the journal at {metered.journal} cannot be written: " in said[0]
@@ -765,3 +767,93 @@ TestEveryInterleaving.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_flush_waits_for_what_was_recorded_before(metered: Metered) -> None:
+    """It ends though other threads record without a pause, and then what was recorded before it is in the ledger."""
+    metered.begin(beat_s=30)
+    [before] = metered.call()
+    done = threading.Event()
+
+    def record() -> None:
+        while not done.wait(0.0005):
+            metered.call()
+
+    busy = [threading.Thread(target=record) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        for _ in range(2):
+            [mine] = metered.call()
+            assert spryng_instrument.flush(20)
+            assert {before, mine} <= set(SqliteStore(metered.path).found([before, mine]))
+    finally:
+        done.set()
+        for thread in busy:
+            thread.join()
+
+
+def test_a_thread_that_could_not_be_started(metered: Metered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is started for the next message, which takes the ones before along."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        metered.begin()
+        metered.call(2)
+        assert metered.recorder.pump._thread is None
+    metered.call(1)
+    assert metered.arrived()
+    assert len(metered.ids()) == 3
+
+
+class Rationed:
+    """A ledger that takes two batches, and says "later" to the next, again and again."""
+
+    batch_size = 5
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.store = store
+        self.left, self.sent = 2, 0
+
+    def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
+        if not self.left:
+            self.left = 2
+            raise StoreError("429: not so many")
+        self.left -= 1
+        self.sent += len(messages)
+        return self.store.record(messages)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_segment_goes_on_where_it_failed(tmp_path: Path, by_hand: bool) -> None:
+    """A destination that takes some and then wants a pause gets all of a long segment, each message sent once; what is
+    corrupt is set aside once. By a pump, and by whoever delivers what a dead process left."""
+    ledger = Rationed(SqliteStore(tmp_path / "usage.db"))
+    journal = Journal(tmp_path / "journal", memory_limit=10, wake=lambda: None)
+    sent = [message(number) for number in range(48)]
+    for number, each in enumerate(sent):
+        journal.append(encode(each) + b"\n")
+        if number in (3, 40):
+            journal.append(b"{ not a message\n")
+    journal.seal()
+    rounds, pump, begun = 0, Pump(journal, ledger, beat_s=0), dict[Path, Begun]()
+    if by_hand:
+        journal.close()
+    while rounds < 20 and count_lines(journal.folder):
+        rounds += 1
+        if by_hand:
+            with suppress(StoreError):
+                deliver_orphans(journal.folder, ledger, begun=begun)
+        else:
+            pump._drain(None)
+
+    assert (rounds, ledger.sent) == (5, 48)
+    assert [row.message for row in ledger.store.arrivals(START, limit=100).rows] == sent
+    assert list(aside_lines(journal.folder).values()) == [2]
+    assert by_hand or (pump.delivered, pump.set_aside, pump.failure) == (48, 2, None)

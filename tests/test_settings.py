@@ -40,6 +40,8 @@ from spryng_instrument.settings import TABLE, Settings, differences, env_name, r
         ({"beat_s": -1}, "beat_s=-1: must be seconds between 0 and 3600"),
         ({"exit_timeout_s": "2"}, "must be seconds"),
         ({"memory_limit": 1.5}, "must be a whole number"),
+        ({"budgets": ""}, "budgets='': must be a string"),
+        ({"on_budget": "explode"}, "must be one of 'raise', 'warn', or a plain function"),
         ({"tenant": "x"}, "no setting 'tenant'"),
     ],
     ids=lambda value: str(value)[:40],
@@ -49,6 +51,16 @@ def test_an_impossible_setting_is_refused(arguments: dict[str, Any], said: str) 
     with pytest.raises(SettingsError) as error:
         resolve(arguments, {})
     assert said in str(error.value)
+
+
+def test_on_budget_is_a_plain_function() -> None:
+    """A coroutine function would be called and never awaited: it is refused."""
+
+    async def never(reached: object) -> None: ...
+
+    assert resolve({"on_budget": print}, {}).on_budget is print
+    with pytest.raises(SettingsError, match="or a plain function"):
+        resolve({"on_budget": never}, {})
 
 
 @pytest.mark.parametrize(
@@ -61,6 +73,8 @@ def test_an_impossible_setting_is_refused(arguments: dict[str, Any], said: str) 
         ("memory_limit", "10", 10),
         ("default_key", "acme", "acme"),
         ("on_missing_key", "raise", "raise"),
+        ("budgets", "/etc/budgets.toml", "/etc/budgets.toml"),
+        ("on_budget", "warn", "warn"),
     ],
 )
 def test_every_setting_is_an_environment_variable(name: str, text: str, value: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -54,15 +55,6 @@ FINISH = chunk(finish="stop")
 ALL = [*TEXT, FINISH]
 LAST = {**HEAD, "choices": [], "usage": USAGE}
 ASKED = [{**event, "usage": None} for event in (*TEXT, FINISH)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_fast():
-    """What is there before these tests is not looked at again by each gc.collect()."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Server:
@@ -263,7 +255,10 @@ async def _stalling(started: asyncio.Event) -> Any:
 
 @pytest.mark.parametrize("way", ["create", "with_streaming_response", "look-ahead"])
 async def test_cancelled_task(way, instrument):
-    """A task that is cancelled while it reads leaves one message, "cancelled", and is cancelled."""
+    """A task that is cancelled while it reads leaves one message, "cancelled", and is cancelled.
+
+    Unless it has been answered: from the finish chunk on, what is left is whole.
+    """
     if way == "with_streaming_response":
         need(way)
     started, ledger = asyncio.Event(), instrument()
@@ -296,8 +291,173 @@ async def test_cancelled_task(way, instrument):
         with pytest.raises(asyncio.CancelledError):
             await task
     message = ledger.message()
-    assert (message.status, message.error, message.usage) == ("cancelled", None, None)
-    assert ledger.store.total().messages == 0
+    answered = way == "look-ahead"
+    assert (message.status, message.error, message.usage) == ("ok" if answered else "cancelled", None, None)
+    assert ledger.store.total().messages == answered
+
+
+async def test_looking_ahead_loses_nothing(instrument):
+    """A chunk that was not handed out in time is there for who asks again."""
+
+    class Slow(http.AsyncByteStream):
+        async def __aiter__(self) -> Any:
+            yield sse(ASKED[-1])
+            await asyncio.sleep(60)
+
+    headers = {"content-type": "text/event-stream"}
+    transport = http.MockTransport(lambda request: http.Response(200, headers=headers, stream=Slow()))
+    ledger = instrument()
+    async with client_of("async", transport=transport, base_url=OPENAI) as client:
+        stream = await opened(client)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(stream.__anext__(), 0.05)
+        assert (await stream.__anext__()).choices[0].finish_reason == "stop"
+        await close(stream)
+    assert ledger.message().status == "ok"
+
+
+@both
+def test_each_choice_finishes_by_itself(mode, instrument):
+    """With n=2, no chunk is held back before both have finished; who leaves between the two has left early."""
+    passed = []
+
+    class Body(http.SyncByteStream, http.AsyncByteStream):
+        events = (chunk("a"), FINISH, chunk("b", index=1), chunk(finish="stop", index=1), LAST)
+
+        def __iter__(self) -> Any:
+            for number, event in enumerate(self.events):
+                passed.append(number)
+                yield sse(event)
+
+        async def __aiter__(self) -> Any:
+            for part in self:
+                yield part
+
+    headers = {"content-type": "text/event-stream"}
+    transport = http.MockTransport(lambda request: http.Response(200, headers=headers, stream=Body()))
+    ledger = instrument()
+
+    async def call(count: int) -> Any:
+        passed.clear()
+        async with client_of(mode, transport=transport, base_url=OPENAI) as client:
+            stream = await opened(client, n=2)
+            read = [await following(stream) for _ in range(count)]
+            last = passed[-1]
+            await close(stream)
+            return last, read[-1].choices[0].finish_reason
+
+    assert running(mode)(call(2)) == (1, "stop")
+    assert running(mode)(call(4)) == (4, "stop")
+    assert [(message.status, message.usage) for message in ledger.messages()] == [("incomplete", None), ("ok", COUNTED)]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_closed_from_another_thread(raw, practice, instrument):
+    """Who presses Stop has left early: the reader's failure is of their own making, and no error of the API."""
+    reading, ledger = threading.Event(), instrument()
+
+    class Stalled(http.SyncByteStream):
+        def __init__(self) -> None:
+            self.closed = threading.Event()
+
+        def __iter__(self) -> Any:
+            yield sse(*TEXT[:2])
+            reading.set()
+            assert self.closed.wait(30)
+            raise http.ReadError("closed")
+
+        def close(self) -> None:
+            self.closed.set()
+
+    headers = {"content-type": "text/event-stream"}
+    transport = http.MockTransport(lambda request: http.Response(200, headers=headers, stream=Stalled()))
+
+    def read(parts: Any) -> None:
+        with suppress(openai.APIConnectionError, http.ReadError):
+            for _ in parts:
+                pass
+
+    with openai.OpenAI(api_key="k", base_url=OPENAI, http_client=http.Client(transport=transport)) as client:
+        if raw:
+            response = client.chat.completions.with_raw_response.create(**CHAT, stream=True).http_response
+            parts = response.iter_bytes()
+        else:
+            parts = client.chat.completions.create(**CHAT, stream=True)
+            response = parts.response
+        reader = threading.Thread(target=read, args=(parts,))
+        reader.start()
+        assert reading.wait(30)
+        response.close()
+        reader.join(30)
+    message = ledger.message()
+    assert (message.status, message.error, message.response_id) == ("incomplete", None, "c-1")
+
+
+async def test_closed_from_another_task(instrument):
+    """So it is between the tasks of a loop."""
+    started, ledger = asyncio.Event(), instrument()
+    async with client_of("async", transport=await _stalling(started), base_url=OPENAI) as client:
+        stream = await opened(client)
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        task = asyncio.ensure_future(read())
+        await started.wait()
+        await asyncio.sleep(0)
+        with suppress(RuntimeError):  # a transport of this kind is a generator, and at work
+            await stream.response.aclose()
+        task.cancel()
+        await asyncio.wait([task])
+    assert ledger.message().status == "incomplete"
+
+
+@both
+@pytest.mark.parametrize("way", ["whole", "closed", "raw"])
+def test_the_response_is_left_as_it_was(way, mode, instrument):
+    """Once it is closed, nothing of ours is on the response: it may be pickled."""
+
+    async def act(client: Any) -> Any:
+        stream = await opened(client) if way != "raw" else None
+        if stream is None:
+            raw = await settle(client.chat.completions.with_raw_response.create(**CHAT, stream=True))
+            stream = raw.parse()
+        await following(stream)
+        if way == "closed":
+            await close(stream)
+        else:
+            async for _ in each(stream):
+                pass
+        assert not {"close", "aclose", "iter_bytes", "iter_raw", "aiter_bytes", "aiter_raw"} & set(
+            vars(stream.response)
+        )
+        return stream.response.__getstate__().keys()
+
+    compared(mode, Server(*ALL), act, instrument)
+
+
+def test_a_response_that_others_watch(instrument):
+    """What somebody else has set on a response stays on it, and is called as often as without us."""
+    server, closes = Server(*ALL), []
+
+    def call() -> Any:
+        closes.clear()
+        http_client = http.Client(event_hooks={"response": [watch]}, transport=server.transport)
+        with openai.OpenAI(api_key="k", base_url=OPENAI, http_client=http_client) as client:
+            stream = client.chat.completions.create(**CHAT, stream=True)
+            chunks = len(list(stream))
+            stream.response.close()
+            return chunks, len(closes), "close" in vars(stream.response)
+
+    def watch(response: Any) -> None:
+        close = response.close
+        response.close = lambda: (closes.append(1), close())[1]
+
+    bare = call()
+    instrument()
+    assert call() == bare
+    assert bare[2]
 
 
 def test_interrupted_read(instrument):

@@ -28,6 +28,15 @@ def test_it_notices_a_new_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert embeddings.method.endswith("Embeddings.create")
 
 
+@pytest.mark.parametrize(
+    ("version", "walked"), [("1.3.0", True), ("2.99.9", True), ("3.57.4", True), ("3.58.0", False), ("4.0.0b1", False)]
+)
+def test_older_ones_are_walked(monkeypatch: pytest.MonkeyPatch, version: str, walked: bool) -> None:
+    """Only an SDK that is newer than those of these tests may have what is unknown."""
+    monkeypatch.setattr(surface, "WALKED", (3, 57))
+    assert surface.is_walked(version) is walked
+
+
 def test_nothing_is_counted_and_left_out() -> None:
     """No operation is in both lists, and none of those left out is counted by another's row."""
     assert not ENDPOINTS.keys() & NOT_COUNTED.keys()

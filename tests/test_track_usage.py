@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import openai
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import spryng_instrument
 from spryng_instrument import track_usage, usage_context
 from spryng_instrument.errors import MissingKeyError, UsageError
 from spryng_instrument.message import Usage
@@ -169,12 +172,54 @@ def test_times_are_aware(instrument: Callable[..., Ledger]) -> None:
     ledger = instrument()
     moment = datetime(2026, 3, 1, 12, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     track_usage(key="acme", timestamp=moment, latency_ms=12.5, model="other-model", operation="rerank")
-    with pytest.raises(UsageError, match="has no zone"):
-        track_usage(key="acme", timestamp=datetime(2026, 3, 1))  # noqa: DTZ001
+    for other in (datetime(2026, 3, 1), "2026-03-01T00:00:00Z"):  # noqa: DTZ001
+        with pytest.raises(UsageError, match="must be a datetime with its zone"):
+            track_usage(key="acme", timestamp=other)  # type: ignore[arg-type]
     message = ledger.message()
     assert message.timestamp == moment
     assert message.timestamp.utcoffset() == timedelta(0)
     assert (message.model, message.operation, message.latency_ms) == ("other-model", "rerank", 12.5)
+
+
+@pytest.mark.parametrize("latency_ms", [Decimal("1.5"), "12", -1, math.nan, math.inf])
+def test_a_latency_is_a_number(latency_ms: Any, instrument: Callable[..., Ledger]) -> None:
+    """What no reader of the journal could read is refused, not recorded."""
+    ledger = instrument()
+    with pytest.raises(UsageError, match=r"latency_ms=.* must be a number of milliseconds"):
+        track_usage(key="acme", latency_ms=latency_ms)
+    assert ledger.messages() == []
+
+
+def test_an_operation_is_text(instrument: Callable[..., Ledger]) -> None:
+    """One that is none is said and left out, like a key; the message is recorded."""
+    ledger = instrument()
+    track_usage(key="acme", operation=b"rerank")  # type: ignore[arg-type]
+    assert ledger.message().operation == "custom"
+    assert spryng_instrument.stats().set_aside == 0
+
+
+def test_what_of_the_cached_was_audio() -> None:
+    """Realtime answers say it, one level further down; by hand, it is checked like any other count."""
+    details = {
+        "cached_tokens": 40,
+        "audio_tokens": 60,
+        "cached_tokens_details": {"audio_tokens": 30, "text_tokens": 10},
+    }
+    read = Usage(input_tokens=100, cached_tokens=40, input_audio_tokens=60, cached_audio_tokens=30)
+    assert usage_of({"input_tokens": 100, "input_token_details": details}) == read
+    assert checked_usage({"input_tokens": 100, "input_tokens_details": details}) == read
+    with pytest.raises(UsageError, match=r"input_tokens_details\.cached_tokens_details\.audio_tokens=-1 must not be"):
+        checked_usage(
+            {"input_tokens": 1, "input_tokens_details": {"cached_tokens_details": {"audio_tokens": -1}}},
+        )
+
+
+def test_counts_that_are_not_written_as_counts() -> None:
+    """Gateways write 9.0 and "9", which the SDK reads as 9; what is no whole number makes no sense."""
+    odd = {"prompt_tokens": 9.0, "completion_tokens": "3", "total_tokens": 12.5}
+    assert usage_of(odd) == Usage(input_tokens=9, output_tokens=3)
+    assert usage_of({"prompt_tokens": 9.0, "completion_tokens": True, "total_tokens": "-1"}) == Usage(input_tokens=9)
+    assert usage_of({"prompt_tokens": "9" * 5_000, "completion_tokens": math.nan, "total_tokens": 1e300}) is None
 
 
 def test_a_gateway_that_gives_both_names() -> None:

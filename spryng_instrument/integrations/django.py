@@ -19,7 +19,7 @@ from typing import Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 
-from spryng_instrument.context import _async_steps, usage_context
+from spryng_instrument.context import async_steps, usage_context
 from spryng_instrument.integrations.values import Values
 from spryng_instrument.integrations.wsgi import Steps, header
 
@@ -108,7 +108,7 @@ def _followed(context: usage_context, response: Any) -> Any:
     closers = getattr(response, "_resource_closers", [])
     closers[:] = [partial(_call_in, context, closer) for closer in closers]
     if isinstance(pieces, AsyncGeneratorType):
-        response.streaming_content = _async_steps(context, pieces)  # which closes it, in its context
+        response.streaming_content = async_steps(context, pieces)  # which closes it, in its context
     elif response.is_async:
         response.streaming_content = AsyncSteps(context, pieces)
     else:

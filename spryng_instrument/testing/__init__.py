@@ -29,11 +29,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spryng_instrument.testing.answers import POSTS, Answer, Call, Json, Refusal, models, sse, unique
+from spryng_instrument.testing.organization import organization
 
 __all__ = ["Exchange", "PracticeServer"]
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 _ROUTE = re.compile(r"(?:/v1|(?P<azure>/openai)(?:/v1|/deployments/(?P<deployment>[^/]+))?)/(?P<rest>.+?)/?")
+_GETS = re.compile(r"models|organization/.+")
 _FAULT = re.compile(r"[45]\d\d|disconnect|stream-disconnect|stream-error|")
 
 
@@ -60,10 +62,16 @@ class Exchange:
     request_id: str
     usage_sent: bool
     """Whether the usage was handed to the network; a client that left early may not have read it."""
+    model: str | None = None
+    """The model that answered."""
+    time: int = 0
+    """When the request came, in seconds since 1970."""
 
 
 class PracticeServer:
     """Answers like api.openai.com and Azure OpenAI, on loopback, and remembers every exchange.
+
+    The usage and costs of these are told, as OpenAI does, below /organization to keys that begin with "sk-admin-".
 
     A request's header x-practice-error (extra_headers in the SDK) makes it fail: a status from "400" to "599" is
     answered; "disconnect" closes without an answer; "stream-disconnect" closes after three chunks (a plain answer:
@@ -205,11 +213,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep the output of a user's tests clean."""
 
     def _serve(self) -> None:
-        practice, started = self.server.practice, time.perf_counter()
+        practice, started, came = self.server.practice, time.perf_counter(), int(time.time())
         identity, headers = practice._identity(), {name.lower(): value for name, value in self.headers.items()}
         route = _ROUTE.fullmatch(urlsplit(self.path).path)
         rest = route["rest"] if route else ""
-        known = rest in POSTS if self.command == "POST" else rest == "models" and self.command == "GET"
+        known = rest in POSTS if self.command == "POST" else self.command == "GET" and bool(_GETS.fullmatch(rest))
         request, fault, status = None, "", 200
         try:
             raw = self._read_body(headers)
@@ -228,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         usage_sent = usage is not None and not fault and not (stream and answer.events)
         endpoint = rest.replace("/", ".") if known else "other"
         about = (self.command, self.path, endpoint, request, headers)
-        exchange = Exchange(*about, status, stream, usage, answer.body.get("id"), request_id, usage_sent)
+        ids = (answer.body.get("id"), request_id)
+        exchange = Exchange(*about, status, stream, usage, *ids, usage_sent, answer.body.get("model"), came)
         practice._keep(exchange)  # before the answer: whoever has read that finds this
         if fault == "disconnect":
             self.close_connection = True
@@ -301,8 +310,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "You didn't provide an API key: put it into the Authorization or api-key header.")
         if route is None:
             raise Refusal(404, f"Unknown request URL: {self.command} {self.path}.", code="unknown_url")
-        if self.command == "GET":
+        if self.command == "GET" and route["rest"] == "models":
             return models()
+        if self.command == "GET":
+            key = headers.get("authorization", "").removeprefix("Bearer").strip()
+            asked = route["rest"].removeprefix("organization/"), urlsplit(self.path).query
+            return Answer(organization(*asked, key, self.server.practice.exchanges), [])
         if not isinstance(request, dict):
             raise Refusal(400, "We could not parse the JSON body of your request.")
         if fault == "stream-error" and not request.get("stream"):
