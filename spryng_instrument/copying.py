@@ -1,4 +1,6 @@
-"""Moves a ledger from one engine to another: every message with its id and its cost, and the server's API keys.
+"""Moves a ledger from one engine to another: every message with its id and its cost, every document, the server's keys.
+
+Which messages a bill counted is a mark of the ledger that it was closed in: the copy is told in terms of its own.
 
 Invariant: a message is in the target once, however often a copy is begun again; and a copy that says it is complete has
 compared both ledgers, not counted what it sent.
@@ -8,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 
-from spryng_instrument.store.base import START, Cost, Page, Store
+from spryng_instrument.billing.behind import carry_over
+from spryng_instrument.store.base import COPIED, COUNTED, START, Cost, Page, Record, Store
 from spryng_instrument.store.rows import is_same
 
 BATCH = 1_000
 """Messages a transaction."""
+_OWN = (COPIED, COUNTED)
+"""Documents that each ledger has of its own."""
 TRIES = 3
 """How often what arrived in the source meanwhile is fetched before both are compared."""
 
@@ -48,20 +54,45 @@ def copy(source: Store, target: Store, progress: Callable[[int], None] = lambda 
             target.keep_api_key(key)
     after = START
     for _ in range(TRIES):
+        _copy_records(source, target)
         for page in _pages(source, after):
             after = str(page.next)
             _copy_page(page, target, copied)
             progress(len(page.rows))
-        copied.differences = _differences(source, target)
+        differences = [*_differences(source, target), *_other_records(source, target)]
+        copied.differences = [*differences, *carry_over(source, target)]
         if not copied.differences or copied.conflicts:
             break
     return copied
+
+
+def _copy_records(source: Store, target: Store) -> None:
+    """Voids, closed bills and the like. Of a bill is kept that it was closed elsewhere: its marks mean nothing here."""
+    there = {record.id for record in target.records()}
+    for record in source.records():
+        if record.id in there or record.kind in _OWN:
+            continue
+        if record.kind == "invoice":
+            number = str(record.body["number"])
+            target.append([Record(f"{COPIED}:{number}", COPIED, datetime.now(timezone.utc), {}, record.key, number)])
+        target.append([record])
+
+
+def _other_records(source: Store, target: Store) -> list[str]:
+    there = {record.id: record for record in target.records()}
+    return [
+        f"document {record.id} is {'another one' if record.id in there else 'missing'}"
+        for record in source.records()
+        if record.kind not in _OWN and record != there.get(record.id)
+    ]
 
 
 def _pages(source: Store, after: str) -> Iterator[Page]:
     while (page := source.arrivals(after, limit=BATCH)).rows:
         yield page
         after = str(page.next)
+        if len(page.rows) < BATCH:  # or it ran after those that come meanwhile
+            return
 
 
 def _copy_page(page: Page, target: Store, copied: Copied) -> None:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +22,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import spryng_instrument
-from spryng_instrument.errors import SchemaTooNewError, SettingsError, StoreError, StoreNotOursError
+from spryng_instrument.billing.behind import behind
+from spryng_instrument.billing.bills import Desk, invoices
+from spryng_instrument.billing.plans import parse
+from spryng_instrument.copying import copy
+from spryng_instrument.errors import BillError, SchemaTooNewError, SettingsError, StoreError, StoreNotOursError
 from spryng_instrument.message import Message, Usage, new_id
 from spryng_instrument.store import open_store
 from spryng_instrument.store.base import START, ApiKey, Cost, Filter
-from spryng_instrument.store.clickhouse import ClickHouseStore, ddl
-from spryng_instrument.store.rows import COLUMNS
+from spryng_instrument.store.clickhouse import _SETTINGS, ClickHouseStore, ddl
+from spryng_instrument.store.rows import ADDED, COLUMNS
+from spryng_instrument.store.sqlite import SqliteStore
 
 from .clickhouse_server import ClickHouse, clickhouse
 from .messages import NOON, message
@@ -104,6 +111,50 @@ def test_written_again_after_its_cost(store: ClickHouseStore, url: str) -> None:
         assert [each.id for each in store.unpriced("v2")] == [unknown.id]
         ask(url, "OPTIMIZE TABLE messages FINAL")
     assert {row.message.id for row in store.arrivals(START).rows} == {known.id, unknown.id}
+
+
+def test_what_is_priced_is_not_read_again(store: ClickHouseStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all is priced, looking for what has no cost yet reads what was recorded since, not the whole ledger."""
+    ask(
+        url,
+        "INSERT INTO messages (id, timestamp_us, operation, status, input_tokens, cost_pusd, price_version, "
+        "recorded_us) SELECT generateUUIDv7(), number, 'chat.completions', 'ok', 1, 1, 'v1', number FROM "
+        "numbers(100000)",
+    )
+    assert store.unpriced(None) == []
+    new = message(usage=Usage(input_tokens=1))
+    store.record([new])
+    store.close()
+    monkeypatch.setitem(_SETTINGS, "max_rows_to_read", 50_000)
+    assert store.unpriced(None) == [new]
+    with closing(ClickHouseStore(url)) as other, pytest.raises(StoreError, match="TOO_MANY_ROWS"):
+        other.unpriced(None)
+
+
+def test_nothing_without_a_cost_is_passed_over(
+    store: ClickHouseStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found and not priced, or more than one look finds: it is found again, also after a later one was priced."""
+    monkeypatch.setattr(ClickHouseStore, "settle_s", 0.0)
+    messages = [message(usage=Usage(input_tokens=number)) for number in range(5)]
+    for each in messages:
+        store.record([each])
+
+    def found(limit: int = 1_000) -> set[str]:
+        return {each.id for each in store.unpriced(None, limit)}
+
+    assert len(found(3)) == 3
+    assert found() == {each.id for each in messages}
+    store.set_costs([Cost(each.id, Decimal(1), "v1") for each in messages[1:4]])
+    store.set_costs([Cost(messages[4].id, None, "v1")])
+    write_again(url)
+    assert found() == {messages[0].id}
+    assert {each.id for each in store.unpriced("v2")} == {messages[0].id, messages[4].id}
+    late = message(usage=Usage(input_tokens=9), timestamp=NOON - timedelta(days=900))
+    store.record([late])
+    assert found() == {messages[0].id, late.id}
+    store.set_costs([Cost(messages[0].id, Decimal(1), "v1"), Cost(late.id, Decimal(1), "v1")])
+    assert found() == set()
 
 
 def test_many_costs(store: ClickHouseStore) -> None:
@@ -377,10 +428,26 @@ def test_tables_that_went_away(store: ClickHouseStore, url: str) -> None:
 def test_newer_schema(store: ClickHouseStore, url: str, create: bool) -> None:
     """A ledger of a newer version is refused, for writing and for reading, with what to do."""
     store.record([message()])
-    ask(url, "INSERT INTO spryng_schema VALUES (2)")
+    ask(url, "INSERT INTO spryng_schema VALUES (9)")
     other = ClickHouseStore(url, create=create)
-    with pytest.raises(SchemaTooNewError, match=r"has schema 2, .* knows 1\. Upgrade it: pip inst"):
+    with pytest.raises(SchemaTooNewError, match=r"has schema 9, .* knows 3\. Upgrade it: pip inst"):
         other.record([message()]) if create else other.total()
+    other.close()
+
+
+def test_a_ledger_of_before(store: ClickHouseStore, url: str) -> None:
+    """One of the first version gets what later ones brought when it is opened, and keeps what it has."""
+    old, new = message(usage=Usage(9, cached_tokens=3)), message(usage=Usage(9, cached_tokens=3, cached_audio_tokens=2))
+    store.record([old])
+    ask(url, "ALTER TABLE messages MODIFY COLUMN reported Bool ALIAS input_tokens IS NOT NULL")
+    ask(url, f"ALTER TABLE messages {', '.join(f'DROP COLUMN {name}' for name in ADDED)}")
+    for statement in ("DROP TABLE records", "DROP TABLE old_costs", "TRUNCATE TABLE spryng_schema"):
+        ask(url, statement)
+    ask(url, "INSERT INTO spryng_schema VALUES (1)")
+    other = ClickHouseStore(url)
+    assert other.record([old, new]).outcomes == ("duplicate", "recorded")
+    assert {row.message for row in other.messages().rows} == {old, new}
+    assert other.records() == []
     other.close()
 
 
@@ -423,7 +490,9 @@ from datetime import datetime, timezone
 from spryng_instrument.message import Message, new_id
 from spryng_instrument.store.clickhouse import ClickHouseStore
 store = ClickHouseStore(sys.argv[1])
-def record(): store.record([Message(id=new_id(), timestamp=datetime.now(timezone.utc), operation="custom")])
+def record():
+    one = Message(id=new_id(), timestamp=datetime.now(timezone.utc), operation="custom")
+    store.record([one], timeout_s=30)  # the first makes the tables
 record()
 children = []
 for _ in range(3):
@@ -464,7 +533,7 @@ def test_instrumented(url: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("statement", [*ddl(), *ddl("my-cluster")])
 def test_statements_are_understood(statement: str) -> None:
     """Every statement that makes a ledger, on a node and on a cluster, is SQL to the engine's own parser."""
-    assert clickhouse().ask(f"EXPLAIN AST {statement}").startswith("CreateQuery")
+    assert clickhouse().ask(f"EXPLAIN AST {statement}").startswith(("CreateQuery", "AlterQuery"))
 
 
 @pytest.mark.parametrize("cluster", ["a'b", "a b", "", "a`"])
@@ -478,3 +547,19 @@ def test_unknown_option() -> None:
     """A parameter of the URL that is not understood is named."""
     with pytest.raises(SettingsError, match="not 'verify'"):
         ClickHouseStore("clickhouse://host/db?verify=0")
+
+
+def test_a_copy_has_bills_and_does_not_guess_what_they_counted(store: ClickHouseStore, tmp_path: Path) -> None:
+    """The engine knows no marks: what was closed elsewhere is there, and asked for its messages it says where they are
+    known; so does what is copied from it."""
+    plans = parse("plan = 'p'\n[[plans.p]]\neffective = 2020-01-01\nrates = [{ meter = 'messages', price = 1 }]")
+    source, last = SqliteStore(tmp_path / "source.db"), SqliteStore(tmp_path / "last.db")
+    source.record([message(key="acme", timestamp=NOON)])
+    closed = Desk(source, plans).close(f"{NOON:%Y-%m}", "acme")
+    assert copy(source, store).differences == copy(store, last).differences == []
+    for ledger in (store, last):
+        assert invoices(ledger) == [closed]
+        with pytest.raises(BillError, match="bill 000001 was closed in another ledger"):
+            behind(ledger, closed)
+    assert copy(source, last).differences == []
+    assert len(list(behind(last, closed))) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
+from itertools import count
 from typing import Any
 
 import pytest
@@ -162,3 +164,30 @@ def test_write_only() -> None:
     assert destination.url == "https://openmeter.example.com/api/v1/events"
     with pytest.raises(SettingsError, match="cannot be read"):
         open_store(url)
+
+
+@pytest.mark.parametrize("bad", [[0], [37], [5, 6, 63], range(64)], ids=["first", "middle", "some", "all"])
+def test_what_is_refused_is_found_in_many_tries(collector: Collector, bad: Sequence[int]) -> None:
+    """Where the other end lets us ask twice only before it wants a pause, each try goes on from where the last one
+    ended: no more is sent than in one try without pauses, and what was taken is not sent again."""
+    batch = [message(key=f"k{number}") for number in range(64)]
+    collector.bad = {batch[number].id for number in bad}
+    wanted = collector.destination.record(batch).outcomes
+    needed = len(collector.server.requests)
+    usual = collector.answer
+    asked = count(1)
+    collector.server.answer = lambda request: Reply(429) if next(asked) % 3 == 0 else usual(request)
+
+    tries = 0
+    while True:
+        tries += 1
+        with suppress(StoreError):
+            outcomes = collector.destination.record(batch).outcomes
+            break
+        assert tries < 200
+
+    assert outcomes == wanted == tuple("refused" if number in bad else "recorded" for number in range(64))
+    assert len(collector.server.requests) - needed == needed + tries - 1
+    collector.server.answer, again = usual, message()
+    assert collector.destination.record([again, *batch[:1]]).outcomes[0] == "recorded"
+    assert not collector.destination._settled

@@ -16,9 +16,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spryng_instrument.alerts import Alerts
+from spryng_instrument.budgets import Budget, Budgets, budget_states
 from spryng_instrument.errors import QueryError, StoreError
 from spryng_instrument.message import BILLABLE, Message, Usage, decode, encode
-from spryng_instrument.store.base import COST_UNIT, GROUPS, START, ApiKey, Conversation, Cost, Filter, Store, UsageRow
+from spryng_instrument.store import sql
+from spryng_instrument.store.base import (
+    COST_UNIT,
+    GROUPS,
+    START,
+    ApiKey,
+    Conversation,
+    Cost,
+    Filter,
+    Store,
+    UsageRow,
+    most_first,
+)
 from spryng_instrument.store.clickhouse import ClickHouseStore
 from spryng_instrument.store.postgres import PostgresStore
 from spryng_instrument.store.sqlite import SqliteStore
@@ -218,7 +232,7 @@ def test_api_keys(store: Store) -> None:
     assert store.api_keys() == [first, second]
     revoked = replace(second, revoked=NOON + timedelta(days=1))
     store.keep_api_key(revoked)
-    assert store.api_keys() == [first, revoked]
+    assert store.api_keys(timeout_s=10.0) == [first, revoked]
 
 
 def test_times_before_1970(store: Store) -> None:
@@ -329,16 +343,20 @@ def summed(
     prices=st.lists(priced, min_size=15, max_size=15),
     where=st.one_of(st.just(Filter()), filters),
     zone=st.sampled_from(ZONES),
+    some=st.sets(st.sampled_from(GROUPS), min_size=3, max_size=3),
 )
-def test_sums(fresh: Fresh, messages: list[Message], prices: list[int | None], where: Filter, zone: str) -> None:
-    """By every group, with every filter and in every zone, the sums are those that Python makes of the messages."""
+def test_sums(
+    fresh: Fresh, messages: list[Message], prices: list[int | None], where: Filter, zone: str, some: set[str]
+) -> None:
+    """By any group, with any filter and in any zone, the sums are those that Python makes of the messages."""
     with fresh() as store:
         store.record(messages)
         costs = {each.id: price for each, price in zip(messages, prices, strict=False) if price is not None}
         store.set_costs([Cost(id, price * COST_UNIT, "test 1") for id, price in costs.items()])
         wanted = [each for each in messages if passes(each, where)]
-        assert store.total(where) == summed(wanted, costs)
-        for by in GROUPS:
+        whole = store.total(where)
+        assert whole == summed(wanted, costs)
+        for by in GROUPS if FULL else some:
             parts: dict[tuple[str | None, str | None], list[Message]] = defaultdict(list)
             for each in wanted:
                 for group in groups(each, by, zone):
@@ -348,7 +366,56 @@ def test_sums(fresh: Fresh, messages: list[Message], prices: list[int | None], w
             assert {(row.group, row.key): row for row in rows} == {
                 group: summed(part, costs, *group) for group, part in parts.items()
             }, by
-            assert store.usage_and_total(by, where, zone=zone) == (rows, store.total(where))
+            assert store.usage_and_total(by, where, zone=zone) == (rows, whole)
+            if by not in ("day", "month"):
+                most, total = store.usage_and_total(by, where, zone=zone, limit=2)
+                assert total == whole
+                assert most == [row for row in rows if row in most]
+                assert sorted(map(most_first, most)) == sorted(map(most_first, rows))[:2]
+            for window in ("day", "month") if by not in ("day", "month") else ():
+                cut: dict[tuple[str | None, str | None, str | None], list[Message]] = defaultdict(list)
+                for each in wanted:
+                    [[label, _]] = groups(each, window, zone)
+                    for group in groups(each, by, zone):
+                        cut[(label, *group)].append(each)
+                found, total = store.usage_by_window(by, window, where, zone=zone)
+                assert total == whole
+                assert [label for label, _ in found] == sorted(label for label, _ in found)
+                assert {(label, row.group, row.key): row for label, row in found} == {
+                    group: summed(part, costs, *group[1:]) for group, part in cut.items()
+                }, (by, window)
+                most_of, total = store.usage_by_window(by, window, where, zone=zone, limit=3)
+                assert total == whole
+                assert most_of == [each for each in found if each in most_of]
+                assert sorted(most_first(row) for _, row in most_of) == sorted(most_first(row) for _, row in found)[:3]
+
+
+@pytest.mark.parametrize("looked_up", [sql._QUARTERS, 4])
+def test_sums_of_one_customer(store: Store, monkeypatch: pytest.MonkeyPatch, looked_up: int) -> None:
+    """One customer's sums are exact, in however many quarters of an hour it has messages, and whenever."""
+    monkeypatch.setattr(sql, "_QUARTERS", looked_up)
+    quarter = timedelta(minutes=15)
+    starts = [NOON + number * quarter for number in (0, 1, 2, 50, 51, 90)] + [
+        datetime(1969, 12, 31, 23, 45, tzinfo=timezone.utc)
+    ]
+    messages = [
+        message(timestamp=start + late, key=key, usage=Usage(input_tokens=number))
+        for number, start in enumerate(starts)
+        for key in ("a", "b", None)
+        for late in (timedelta(), quarter - timedelta(microseconds=1))
+    ]
+    store.record(messages)
+    for owner in (Filter(key="a"), Filter(no_key=True), Filter(key="nobody")):
+        for since, until in (
+            (None, None),
+            (NOON + quarter, None),
+            (None, NOON + 51 * quarter),
+            (NOON, NOON + 60 * quarter),
+        ):
+            where = replace(owner, since=since, until=until)
+            wanted = [each for each in messages if passes(each, where)]
+            assert store.total(where) == summed(wanted, {})
+            assert sum(row.messages for row in store.usage("day", where)) == len(wanted)
 
 
 def test_big_sums_of_costs(store: Store) -> None:
@@ -360,6 +427,21 @@ def test_big_sums_of_costs(store: Store) -> None:
     assert store.total().cost_usd == 4 * cost
 
 
+def test_a_mark_leaves_out_what_came_after(store: Store) -> None:
+    """Where the engine can tell: of the ledger's past are its sums, its pages and its arrivals."""
+    there, late = message(usage=Usage(input_tokens=1)), message(usage=Usage(input_tokens=2))
+    store.record([there])
+    mark = store.mark()
+    store.record([late])
+    if mark is None:
+        assert type(store).__name__ == "ClickHouseStore"
+        return
+    then = Filter(mark=mark)
+    assert (store.total(then).messages, store.total(then).input_tokens, store.total().messages) == (1, 1, 2)
+    assert [row.message for row in store.arrivals(START, then).rows] == [there]
+    assert [row.message for row in store.messages(then).rows] == [there]
+
+
 def test_costs_are_frozen(store: Store) -> None:
     """A cost that is there is never changed; one that was not known may be found later."""
     known, unknown, silent = message(usage=Usage(input_tokens=1)), message(usage=Usage(input_tokens=0)), message()
@@ -367,11 +449,19 @@ def test_costs_are_frozen(store: Store) -> None:
     assert {each.id for each in store.unpriced("v1")} == {known.id, unknown.id}
     store.set_costs([Cost(known.id, Decimal("0.5"), "v1"), Cost(unknown.id, None, "v1")])
     assert store.unpriced("v1") == []
-    assert [each.id for each in store.unpriced("v2")] == [unknown.id]
+    for other in ("v0", "v2"):  # older and newer
+        assert [each.id for each in store.unpriced(other)] == [unknown.id]
+    new = message(usage=Usage(input_tokens=0))
+    store.record([new])
+    assert [each.id for each in store.unpriced("v1")] == [each.id for each in store.unpriced(None)] == [new.id]
+    assert {each.id for each in store.unpriced("v2")} == {new.id, unknown.id}
+    assert len(store.unpriced("v2", 1)) == 1
+    store.set_costs([Cost(new.id, None, "v1")])
 
     store.set_costs([Cost(known.id, Decimal("0.7"), "v2"), Cost(unknown.id, Decimal(0), "v2")])
     store.set_costs([Cost(known.id, None, "v3")])
     stored = {row.message.id: (row.cost_usd, row.price_version) for row in store.messages().rows}
+    assert stored.pop(new.id) == (None, "v1")
     assert stored == {known.id: (Decimal("0.5"), "v1"), unknown.id: (Decimal(0), "v2"), silent.id: (None, None)}
     assert store.record([known]).count("duplicate") == 1
     assert store.total().cost_usd == Decimal("0.5")
@@ -385,9 +475,48 @@ def test_health(store: Store) -> None:
     health = store.health()
     assert (health.messages, health.writers) == (4, 2)
     assert health.gaps == (("a", 3, 2),)
-    assert store.missing("a", 3) == [2]
+    assert store.missing({"a": 3}) == {"a": [range(2, 3)]}
     assert health.unattributed == (("app.py:7", 2),)
     assert set(health.unpriced) == {("m", 2), ("(unknown)", 2)}
 
     store.record([message(writer="a", sequence=2)])
     assert store.health().gaps == ()
+    assert store.missing({"a": 3}) == store.missing({"a": 0}) == {"a": []}
+    assert store.missing({}) == {}
+
+
+def test_numbers_as_large_as_they_come(store: Store) -> None:
+    """What is missing is said of a sender that begins with any number, leaves many out, or repeats one."""
+    store.record([message(writer="a", sequence=number) for number in (10**12, 5, 5, 7, 3, None)])
+    assert store.health().gaps == (("a", 10**12, 6),)
+    expected = [range(1, 3), range(4, 5), range(6, 7), range(8, 10**12)]
+    assert store.missing({"a": 10**12}) == {"a": expected}
+    assert store.missing({"a": 10**12 + 1}) == {"a": [*expected, range(10**12 + 1, 10**12 + 2)]}
+    assert store.missing({"a": 6, "nobody": 2}) == {
+        "a": [range(1, 3), range(4, 5), range(6, 7)],
+        "nobody": [range(1, 3)],
+    }
+
+
+def test_budgets(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """What is used of a budget is the same on every engine, and of those who look each alert is told by one."""
+    store.record(
+        [
+            message(key=key, tags=tags, usage=Usage(input_tokens=30, output_tokens=5))
+            for key, tags in [("acme", ("a",)), ("acme", ()), ("bluepeak", ("a", "b")), (None, ())]
+        ]
+    )
+    store.record([message(key="acme", status="error"), message(key="acme", timestamp=NOON - timedelta(days=2))])
+    budgets = Budgets((
+        Budget("each", "day", "*", messages=4), Budget("acme", "month", "acme", tokens=70),
+        Budget("tag", "day", None, "a", messages=4), Budget("all", "day", messages=8),
+    ))  # fmt: skip
+    states = budget_states(store, budgets.budgets, NOON)
+    assert [(state.name, state.key, state.used, state.percent) for state in states] == [
+        ("each", "acme", 2, 50), ("each", "bluepeak", 1, 25), ("acme", "acme", 70, 100), ("tag", None, 2, 50),
+        ("all", None, 4, 50),
+    ]  # fmt: skip
+    for _ in range(3):
+        Alerts(store, budgets).look(states, NOON)
+    assert len([each for each in caplog.records if "has reached" in each.message]) == 6
+    assert len(store.records("alert")) == 6

@@ -14,7 +14,7 @@ from spryng_instrument.cli.commands import commands
 from spryng_instrument.copying import BATCH, copy
 from spryng_instrument.errors import StoreError
 from spryng_instrument.message import Message, Usage
-from spryng_instrument.store.base import START, ApiKey, Cost, Receipt
+from spryng_instrument.store.base import START, ApiKey, Cost, Receipt, Record
 from spryng_instrument.store.sqlite import SqliteStore
 
 from .messages import NOON, message
@@ -33,15 +33,23 @@ def source(tmp_path: Path) -> SqliteStore:
     store.set_costs([Cost(each.id, Decimal("0.25"), "v1") for each in messages[::2]])
     store.set_costs([Cost(each.id, None, "v1") for each in messages[1::4]])
     store.keep_api_key(ApiKey("1", "app", "d", ("ingest",), NOON))
+    void = Record("void:1", "void", NOON, {"reason": "r"}, "k1", messages[0].id)
+    store.append([void, Record("n", "note", NOON, {})])
     return store
 
 
 def everything(store: SqliteStore) -> list[Any]:
-    return [store.arrivals(START, limit=10**6).rows, store.api_keys(), store.health(), store.usage_and_total("key")]
+    return [
+        store.arrivals(START, limit=10**6).rows,
+        store.api_keys(),
+        store.records(),
+        store.health(),
+        store.usage_and_total("key"),
+    ]
 
 
 def test_copied_whole(source: SqliteStore, tmp_path: Path) -> None:
-    """Messages, their order, costs, price versions, keys and gaps are the same; copied again, nothing is new."""
+    """Messages, their order, costs, price versions, documents, keys and gaps are the same; again, nothing is new."""
     target = SqliteStore(tmp_path / "target.db")
     seen: list[int] = []
     copied = copy(source, target, seen.append)

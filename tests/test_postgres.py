@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from spryng_instrument.message import Message, Usage
 from spryng_instrument.store import open_destination, open_store, postgres
 from spryng_instrument.store.base import GROUPS, START, Cost, Filter
 from spryng_instrument.store.postgres import PostgresStore
+from spryng_instrument.store.postgres_connections import _CONNECTIONS, _KEPT, Connection
+from spryng_instrument.store.rows import ADDED, COLUMNS, micros, row_of
 from spryng_instrument.store.sql import BUCKET_US
 
 from .messages import NOON, message
@@ -102,7 +104,7 @@ def ended(process: subprocess.Popen[str]) -> str:
 # --- exactly once
 
 
-def test_recorded_in_either_way(store: PostgresStore, way: str) -> None:
+def test_recorded_in_either_way(store: PostgresStore, url: str, way: str) -> None:
     """By COPY or a statement each: the same outcomes, rows and writers."""
     first, other = message(key="a", tags=("x", 'y"{,\\'), properties={"a": 1.5, "ü": None}), message(query="b\t\\N\n")
     conflicting = message(id=first.id, key="c")
@@ -113,7 +115,7 @@ def test_recorded_in_either_way(store: PostgresStore, way: str) -> None:
     assert store.record([conflicting, *many, other]).outcomes == ("conflict", *["recorded"] * 20, "duplicate")
     assert store.found([first.id, other.id]) == {first.id: first, other.id: other}
     assert store.health().messages == 22
-    assert rows_of(store._url, "SELECT * FROM writers") == [("w", 20, 20)]
+    assert rows_of(url, "SELECT * FROM writers") == [("w", 20, 20)]
     assert store.record([]).outcomes == ()
 
 
@@ -176,27 +178,27 @@ print(sum(counts))
 """
 
 
-def test_many_write_the_same(server: Postgres, store: PostgresStore) -> None:
+def test_many_write_the_same(server: Postgres, store: PostgresStore, url: str) -> None:
     """Processes and threads that record overlapping batches in any order: each id is recorded once, by one of them."""
     before = server.log().count("deadlock")
-    processes = [in_program(WRITES, store._url, str(number)) for number in range(3)]
+    processes = [in_program(WRITES, url, str(number)) for number in range(3)]
     recorded = sum(int(ended(process)) for process in processes)
     health = store.health()
     assert (health.messages, health.writers) == (recorded, 7)
-    assert sum(here for _, here in rows_of(store._url, "SELECT writer, messages FROM writers")) == recorded
+    assert sum(here for _, here in rows_of(url, "SELECT writer, messages FROM writers")) == recorded
     assert server.log().count("deadlock") == before
 
 
-def test_another_transaction_is_waited_for(store: PostgresStore) -> None:
+def test_another_transaction_is_waited_for(store: PostgresStore, url: str) -> None:
     """A message that another one is recording is its duplicate once that has committed, and new if it gave up."""
     for ending, outcome in (("COMMIT", "duplicate"), ("ROLLBACK", "recorded")):
         mine = message(writer="w", sequence=1)
-        with store._transaction(time.monotonic() + 30) as db:
+        with store._connections.transaction(time.monotonic() + 30) as db:
             store._insert(db, [mine])
             with ThreadPoolExecutor(1) as pool:
                 told = pool.submit(store.record, [mine], timeout_s=30)
                 assert eventually(
-                    lambda: rows_of(store._url, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'") != []
+                    lambda: rows_of(url, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'") != []
                 )
                 assert not told.done()
                 db.run(ending)
@@ -204,11 +206,11 @@ def test_another_transaction_is_waited_for(store: PostgresStore) -> None:
             db.run("BEGIN")
 
 
-def test_deleted_meanwhile(store: PostgresStore) -> None:
+def test_deleted_meanwhile(store: PostgresStore, url: str) -> None:
     """A message that is deleted at the moment it is delivered again is recorded, and never said to be there."""
     mine = message()
     store.record([mine])
-    with psycopg.connect(store._url) as db, ThreadPoolExecutor(1) as pool:
+    with psycopg.connect(url) as db, ThreadPoolExecutor(1) as pool:
         stored = store._stored
 
         def deletes(ask: Any, ids: Any) -> Any:
@@ -225,7 +227,7 @@ def test_deleted_meanwhile(store: PostgresStore) -> None:
 def test_locked_for_too_long(store: PostgresStore) -> None:
     """A batch that waits for another one is busy after its time, and can be recorded later."""
     mine = message()
-    with store._transaction(time.monotonic() + 30) as db:
+    with store._connections.transaction(time.monotonic() + 30) as db:
         store._insert(db, [mine])
         with pytest.raises(StoreBusyError, match="took too long"):
             store.record([mine], timeout_s=0.2)
@@ -241,7 +243,7 @@ def test_acknowledged_is_on_the_disk(server: Postgres, url: str) -> None:
     )
     with closing(PostgresStore(url.replace("tester@", "hasty@"))) as store:
         store.record([message()])
-        with store._transaction(time.monotonic() + 5) as db:
+        with store._connections.transaction(time.monotonic() + 5) as db:
             assert db.ask("SHOW synchronous_commit", []) == [("on",)]
     server.run("REASSIGN OWNED BY hasty TO tester", "DROP ROLE hasty")
 
@@ -272,12 +274,12 @@ store.close()
 """
 
 
-def test_killed_and_started_again(server: Postgres, store: PostgresStore, tmp_path: Path) -> None:
+def test_killed_and_started_again(server: Postgres, store: PostgresStore, url: str, tmp_path: Path) -> None:
     """SIGKILL of the server, again and again, while three processes record: what was acknowledged is there, once."""
     store.record([])
     end = tmp_path / "end"
     outs = [tmp_path / str(number) for number in range(3)]
-    processes = [in_program(RECORDS, store._url, str(end), str(out)) for out in outs]
+    processes = [in_program(RECORDS, url, str(end), str(out)) for out in outs]
     try:
         for _ in range(4):
             sizes = [out.stat().st_size if out.exists() else 0 for out in outs]
@@ -316,6 +318,22 @@ def test_down_is_said(server: Postgres, store: PostgresStore) -> None:
     assert store.total().messages == 1, "a connection that lay idle is replaced without a word"
 
 
+def test_questions_leave_connections_to_those_who_record(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many questions as may be asked at a time keep none from recording or from the keys; one more has to wait."""
+    mine = message()
+    monkeypatch.setattr(postgres, "_QUESTION_S", 0.3)
+    with ExitStack() as asked:
+        for _ in range(_CONNECTIONS - _KEPT):
+            asked.enter_context(store._reading())
+        with pytest.raises(StoreBusyError, match="at work"):
+            store.total()
+        assert store.record([mine], timeout_s=5.0).outcomes == ("recorded",)
+        assert store.found([mine.id], timeout_s=5.0) == {mine.id: mine}
+        assert store.api_keys(timeout_s=5.0) == []
+    monkeypatch.undo()
+    assert store.total().messages == 1
+
+
 def test_stopped_server_is_not_waited_for(server: Postgres, store: PostgresStore) -> None:
     """A server that takes a question and is silent is left after the time, and used again once it answers."""
     store.record([message()])
@@ -323,6 +341,8 @@ def test_stopped_server_is_not_waited_for(server: Postgres, store: PostgresStore
     try:
         with pytest.raises(StoreBusyError):
             store.record([message()], timeout_s=0.2)
+        with pytest.raises(StoreError):
+            store.api_keys(timeout_s=0.2)
         with pytest.raises(StoreError):  # and a new connection
             store.record([message()], timeout_s=0.2)
     finally:
@@ -332,7 +352,7 @@ def test_stopped_server_is_not_waited_for(server: Postgres, store: PostgresStore
 
 def test_answer_lost_after_commit(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that was committed, but whose answer was lost, is a duplicate when it is delivered again."""
-    run = postgres._Connection.run
+    run = Connection.run
 
     def lost(self: Any, statements: str) -> None:
         run(self, statements)
@@ -343,7 +363,7 @@ def test_answer_lost_after_commit(store: PostgresStore, monkeypatch: pytest.Monk
     mine = [message() for _ in range(3)]
     store.record([])
     with monkeypatch.context() as patched:
-        patched.setattr(postgres._Connection, "run", lost)
+        patched.setattr(Connection, "run", lost)
         with pytest.raises(StoreError):
             store.record(mine)
     assert store.record(mine).count("duplicate") == 3
@@ -371,13 +391,13 @@ def test_password_is_not_said(server: Postgres) -> None:
 def test_fork(store: PostgresStore) -> None:
     """A child makes connections of its own; what it does, and its end, leave those of the parent as they are."""
     store.record([message()])
-    [held] = store._idle
+    [held] = store._connections._idle
     backend = held.info.backend_pid
 
     def works() -> None:
         import gc
 
-        assert not store._idle
+        assert not store._connections._idle
         gc.collect()
         assert store.record([message()]).outcomes == ("recorded",)
         assert store.record([message()]).outcomes == ("recorded",)
@@ -392,7 +412,7 @@ def test_fork(store: PostgresStore) -> None:
         child.join()
         assert child.exitcode == 0
     assert store.record([message()]).outcomes == ("recorded",)
-    [held] = store._idle
+    [held] = store._connections._idle
     assert held.info.backend_pid == backend
     assert store.health().messages == 9
 
@@ -403,7 +423,7 @@ from datetime import datetime, timezone
 from spryng_instrument.message import Message
 from spryng_instrument.store.postgres import PostgresStore
 store = PostgresStore(sys.argv[1])
-with store._transaction(time.monotonic() + 60) as db:
+with store._connections.transaction(time.monotonic() + 60) as db:
     store._insert(db, [Message(id="1", timestamp=datetime(2026, 1, 1, tzinfo=timezone.utc), operation="custom")])
     pid = os.fork()
     if not pid:
@@ -414,10 +434,10 @@ with store._transaction(time.monotonic() + 60) as db:
 """
 
 
-def test_child_holds_nothing_of_a_killed_parent(store: PostgresStore) -> None:
+def test_child_holds_nothing_of_a_killed_parent(store: PostgresStore, url: str) -> None:
     """A process that is killed within a transaction holds its rows no longer, though its child lives on."""
     store.record([])
-    with in_program(FORKS, store._url) as parent:
+    with in_program(FORKS, url) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         try:
@@ -433,12 +453,12 @@ def test_child_holds_nothing_of_a_killed_parent(store: PostgresStore) -> None:
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_newer_schema(store: PostgresStore, create: bool) -> None:
+def test_newer_schema(store: PostgresStore, url: str, create: bool) -> None:
     """A ledger of a newer version is refused, for writing and for reading, with what to do."""
     store.record([message()])
-    rows_of(store._url, "INSERT INTO spryng_schema VALUES (9, now()) ")
+    rows_of(url, "INSERT INTO spryng_schema VALUES (9, now()) ")
     with (
-        closing(PostgresStore(store._url, create=create)) as other,
+        closing(PostgresStore(url, create=create)) as other,
         pytest.raises(SchemaTooNewError, match=r"has schema 9, .* knows \d\. Upgrade it: pip inst"),
     ):
         other.record([message()]) if create else other.total()
@@ -459,20 +479,73 @@ def test_tables_of_something_else(url: str) -> None:
     assert rows_of(url, "SELECT * FROM messages") == [(1,)]
 
 
+def test_a_ledger_of_before(url: str) -> None:
+    """One of the first version gets what later ones brought when it is opened, and keeps what it has."""
+    old, new = message(usage=Usage(9, cached_tokens=3)), message(usage=Usage(9, cached_tokens=3, cached_audio_tokens=2))
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(postgres, "_MIGRATIONS", postgres._MIGRATIONS[:1])
+        with closing(PostgresStore(url)) as store:
+            store.record([])
+    names = [name for name in COLUMNS if name not in ADDED]
+    row = dict(zip(COLUMNS, row_of(old), strict=True)) | {"tags": list(old.tags)}
+    with psycopg.connect(url) as db:
+        marks = ", ".join("%s" for _ in names)
+        db.execute(f"INSERT INTO messages ({', '.join(names)}) VALUES ({marks})", [row[name] for name in names])
+    with closing(PostgresStore(url)) as store:
+        assert store.record([old, new]).outcomes == ("duplicate", "recorded")
+        assert [row.message for row in store.messages().rows] == [new, old]
+        assert store.records() == []
+
+
 def test_made_by_many_at_once(url: str) -> None:
     """Processes that make the same tables at the same moment: each migration is run once, and none of them fails."""
     processes = [in_program(WRITES, url, str(number)) for number in range(4)]
     recorded = sum(int(ended(process)) for process in processes)
-    assert rows_of(url, "SELECT version FROM spryng_schema") == [(1,)]
+    assert rows_of(url, "SELECT version FROM spryng_schema ORDER BY 1") == [(1,), (2,), (3,), (4,)]
     assert rows_of(url, "SELECT count(*) FROM messages") == [(recorded,)]
 
 
-def test_made_anew(store: PostgresStore) -> None:
+def test_recording_goes_on_while_a_ledger_is_upgraded(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an index is made for a newer version, others go on recording as that of before; all is there in the end."""
+    hours = [NOON + timedelta(hours=number) for number in range(3)]
+
+    def as_before(db: psycopg.Connection[Any], number: int) -> None:
+        db.execute(
+            "INSERT INTO messages (id, timestamp_us, streamed, tags, operation, status, key) "
+            "VALUES (%s, %s, false, '{}', 'custom', 'ok', 'a')",
+            [str(number), micros(hours[number])],
+        )
+        db.execute("INSERT INTO dirty VALUES (%s)", [micros(hours[number])])
+
+    monkeypatch.setattr(postgres, "_MIGRATIONS", postgres._MIGRATIONS[:2])
+    with closing(PostgresStore(url)) as store:
+        store.record([])
+    monkeypatch.undo()
+    with (
+        psycopg.connect(url, autocommit=True) as older,
+        psycopg.connect(url) as other,
+        closing(PostgresStore(url)) as newer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        as_before(older, 0)
+        older.execute("SET lock_timeout = 5000")
+        other.execute("LOCK TABLE rollups IN ROW EXCLUSIVE MODE")  # the index waits for it, as if it took long
+        opened = pool.submit(newer.record, [message(key="a", timestamp=hours[2])], timeout_s=20.0)
+        while other.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() != (1,):
+            time.sleep(0.01)
+        as_before(older, 1)
+        other.rollback()
+        assert opened.result().outcomes == ("recorded",)
+        assert newer.total(Filter(key="a")).messages == newer.total().messages == 3
+        assert rows_of(url, "SELECT count(*) FROM dirty") == [(0,)]
+
+
+def test_made_anew(store: PostgresStore, url: str) -> None:
     """Tables that were dropped meanwhile are said to be missing, and made again."""
     store.record([message()])
     rows_of(
-        store._url,
-        "DROP TABLE messages, writers, dirty, rollups, api_keys, spryng_schema CASCADE",
+        url,
+        "DROP TABLE messages, writers, dirty, rollups, api_keys, records, old_costs, spryng_schema CASCADE",
     )
     with pytest.raises(StoreError, match="does not exist"):
         store.record([message()])
@@ -499,7 +572,7 @@ def test_arrivals_in_any_order_of_commits(store: PostgresStore) -> None:
 
     look()
     early, late = message(), message()
-    with store._transaction(time.monotonic() + 30) as db:
+    with store._connections.transaction(time.monotonic() + 30) as db:
         store._insert(db, [early])
         store.record([late])
         look()
@@ -511,7 +584,7 @@ def test_arrivals_in_any_order_of_commits(store: PostgresStore) -> None:
 
     def records(part: list[Message]) -> None:
         for each in part:
-            with store._transaction(time.monotonic() + 30) as db:
+            with store._connections.transaction(time.monotonic() + 30) as db:
                 store._insert(db, [each])
                 time.sleep(chance.random() / 100)
 
@@ -543,9 +616,9 @@ class Scan(PostgresStore):
         return self._message_facts(where)
 
 
-def test_rollups_are_of_the_messages(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollups_are_of_the_messages(store: PostgresStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While messages and costs come, and rollups are made, every sum of every moment is that of the messages."""
-    scan = Scan(store._url)
+    scan = Scan(url)
     store.record([])
     chance = random.Random(7)
     done = threading.Event()
@@ -589,8 +662,8 @@ def test_rollups_are_of_the_messages(store: PostgresStore, monkeypatch: pytest.M
         [each.result() for each in (*writing, *rolling)]
         while store.roll_up():
             pass
-        assert rows_of(store._url, "SELECT count(*) FROM dirty") == [(0,)]
-        assert rows_of(store._url, "SELECT count(*) > 0 FROM rollups") == [(True,)]
+        assert rows_of(url, "SELECT count(*) FROM dirty") == [(0,)]
+        assert rows_of(url, "SELECT count(*) > 0 FROM rollups") == [(True,)]
         for by in GROUPS:
             assert store.usage(by) == scan.usage(by)
         assert store.conversations(limit=100) == scan.conversations(limit=100)
@@ -606,31 +679,31 @@ def test_rollups_of_much_that_is_dirty(store: PostgresStore, monkeypatch: pytest
     assert store.usage("key")[0].messages == 300
 
 
-def test_sums_beyond_64_bits(store: PostgresStore) -> None:
+def test_sums_beyond_64_bits(store: PostgresStore, url: str) -> None:
     """Counts whose sum is beyond 64 bits are added up exactly, in a rollup, too."""
     store.record([message(usage=Usage(input_tokens=2**63 - 1)) for _ in range(3)])
     assert store.total().input_tokens == 3 * (2**63 - 1)
-    assert rows_of(store._url, "SELECT input_tokens FROM rollups") == [(3 * (2**63 - 1),)]
+    assert rows_of(url, "SELECT input_tokens FROM rollups") == [(3 * (2**63 - 1),)]
 
 
-def test_the_present_is_not_rolled_up(store: PostgresStore) -> None:
+def test_the_present_is_not_rolled_up(store: PostgresStore, url: str) -> None:
     """The quarter of an hour that is not over stays as it is: it would be dirty again at once."""
     store.record([message(timestamp=datetime.now(timezone.utc) + timedelta(minutes=1)), message()])
     assert store.total().messages == 2
-    [[bucket]] = rows_of(store._url, "SELECT bucket_us FROM rollups")
+    [[bucket]] = rows_of(url, "SELECT bucket_us FROM rollups")
     assert bucket % BUCKET_US == 0
-    assert rows_of(store._url, "SELECT count(*) FROM dirty") == [(1,)]
+    assert rows_of(url, "SELECT count(*) FROM dirty") == [(1,)]
 
 
-def test_reader_who_may_not_write(server: Postgres, store: PostgresStore) -> None:
+def test_reader_who_may_not_write(server: Postgres, store: PostgresStore, url: str) -> None:
     """A user who may only read gets the sums all the same, from what is rolled up and the rest."""
     store.record([message(key="a")])
-    schema = rows_of(store._url, "SELECT current_schema()::text")[0][0]
+    schema = rows_of(url, "SELECT current_schema()::text")[0][0]
     server.run(
         "DROP ROLE IF EXISTS reader", "CREATE ROLE reader LOGIN", f"GRANT USAGE ON SCHEMA {schema} TO reader",
         f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO reader",
     )  # fmt: skip
-    with closing(PostgresStore(store._url.replace("tester@", "reader@"), create=False)) as reader:
+    with closing(PostgresStore(url.replace("tester@", "reader@"), create=False)) as reader:
         assert reader.total().messages == 1
         assert reader.usage("key")[0].messages == 1
         with pytest.raises(StoreError, match="permission denied"):

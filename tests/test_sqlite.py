@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 
 from spryng_instrument.errors import SchemaTooNewError, StoreBusyError, StoreError, StoreNotOursError
-from spryng_instrument.message import Message, decode, encode
+from spryng_instrument.message import Message, Usage, decode, encode
+from spryng_instrument.store import sqlite
+from spryng_instrument.store.base import Filter
+from spryng_instrument.store.rows import ADDED, COLUMNS, row_of
 from spryng_instrument.store.sqlite import APPLICATION_ID, SqliteStore
 
-from .messages import anything, message
+from .messages import NOON, anything, message
 from .test_processes import ledger, run
 
 
@@ -53,6 +58,23 @@ def test_newer_schema(store: SqliteStore, create: bool) -> None:
     ):
         other.record([message()]) if create else other.total()
     assert store.path.read_bytes() == before
+
+
+def test_a_ledger_of_before(tmp_path: Path) -> None:
+    """One of the first version gets what later ones brought when it is opened, and keeps what it has."""
+    old, new = message(usage=Usage(9, cached_tokens=3)), message(usage=Usage(9, cached_tokens=3, cached_audio_tokens=2))
+    names = [name for name in COLUMNS if name not in ADDED]
+    values = [value for name, value in zip(COLUMNS, row_of(old), strict=True) if name in names]
+    with closing(sqlite3.connect(tmp_path / "usage.db")) as db, db:
+        for statement in sqlite._MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+        db.execute(f"INSERT INTO messages ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", values)
+    store = SqliteStore(tmp_path / "usage.db")
+    assert store.record([old, new]).outcomes == ("duplicate", "recorded")
+    assert [row.message for row in store.messages().rows] == [new, old]
+    assert store.records() == []
 
 
 def test_ledger_is_marked(store: SqliteStore) -> None:
@@ -148,3 +170,51 @@ def test_concurrent_writers(tmp_path: Path) -> None:
     assert len({each.id for each in ledger(tmp_path)}) == 2000
     health = SqliteStore(tmp_path / "usage.db").health()
     assert (health.messages, health.writers, health.gaps) == (2000, 4, ())
+
+
+class Counting(SqliteStore):
+    """Counts what questions have the engine do, in hundreds of its steps."""
+
+    steps = 0
+
+    @contextmanager
+    def _connect(self, *given: Any) -> Iterator[sqlite3.Connection]:
+        with super()._connect(*given) as db:
+            db.set_progress_handler(self._step, 100)
+            yield db
+
+    def _step(self) -> int:
+        self.steps += 1
+        return 0
+
+
+def test_what_is_missing_of_many_takes_one_pass(tmp_path: Path) -> None:
+    """What is missing of the messages of a hundred processes is found about as soon as of as many of one."""
+
+    def steps(writers: int) -> int:
+        store = Counting(tmp_path / f"{writers}.db")
+        store.record([message(writer=f"w{n % writers}", sequence=n // writers + 2) for n in range(1000)])
+        before = store.steps
+        given = {f"w{number}": 1000 // writers + 1 for number in range(writers)}
+        assert store.missing(given) == {writer: [range(1, 2)] for writer in given}
+        return store.steps - before
+
+    assert steps(100) < 2 * steps(1)
+
+
+@pytest.mark.parametrize("where", [Filter(key="acme"), Filter(no_key=True)], ids=["key", "no key"])
+def test_a_customer_costs_no_more_for_the_others(tmp_path: Path, where: Filter) -> None:
+    """What one customer used is found without reading what a hundred others did in the same hours."""
+    store = Counting(tmp_path / "usage.db")
+
+    def steps() -> int:
+        before = store.steps
+        [row] = store.usage("key", where)
+        assert row.messages == 10
+        return store.steps - before
+
+    hours = [NOON + timedelta(hours=number) for number in range(10)]
+    store.record([message(timestamp=hour, key=where.key) for hour in hours])
+    alone = steps()
+    store.record([message(timestamp=hour, key=f"key{number}") for hour in hours for number in range(100)])
+    assert steps() <= alone + 1

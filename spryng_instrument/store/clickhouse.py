@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import tzinfo
+from datetime import datetime, tzinfo
 from functools import partial
 from itertools import count
 from math import ceil
@@ -34,15 +34,19 @@ from urllib3.exceptions import HTTPError
 
 from spryng_instrument.errors import QueryError, SchemaTooNewError, SettingsError, StoreError, StoreNotOursError
 from spryng_instrument.message import Message
+from spryng_instrument.periods import period_of, zone_of
 from spryng_instrument.settings import without_secrets
-from spryng_instrument.store.base import GROUPS, ApiKey, Cost, Filter, Page, Receipt, UsageRow, zone_of
+from spryng_instrument.store.base import GROUPS, ApiKey, Cost, Filter, Page, Receipt, Record, UsageRow
+from spryng_instrument.store.books import RECORD, SqlBooks, record_row
 from spryng_instrument.store.rows import (
+    ADDED,
     COLUMNS,
     INTEGERS,
     JSON,
     SELECT,
     TEXTS,
     USAGE,
+    first_known,
     message_of,
     micros,
     moment,
@@ -51,14 +55,24 @@ from spryng_instrument.store.rows import (
     sort_out,
     stored_of,
 )
-from spryng_instrument.store.sql import API_KEY, Ask, SqlStore, _order, _usage_row, api_key_row, period_of
+from spryng_instrument.store.sql import (
+    API_KEY,
+    IS_BILLABLE,
+    Ask,
+    SqlParts,
+    api_key_row,
+    order_of,
+    usage_row,
+    within,
+)
 
-SCHEMA = 1
+SCHEMA = 3
 _REQUIRED = ("operation", "status")
 _FEW = ("operation", "status", "request_model", "response_model", "service_tier", "host", "error")
 """Texts with few values: kept as numbers of a dictionary."""
 _NOW = "toUnixTimestamp64Micro(now64(6))"
 _VERSION = {"new": f"{2**60} - {_NOW}", "looked at": f"{2**60} + {_NOW}", "priced": f"{2**62} - {_NOW}"}
+_REPRICED = f"{2**62} + {_NOW}"
 """Of a row. Of equal ones, which would be written in the same microsecond, ClickHouse shows the one that came last."""
 _EACH_TAG = "ARRAY JOIN arrayConcat({}, arrayMap(tag -> (false, tag), if(empty(m.tags), [NULL], m.tags))) AS tag"
 _WHOLE = "[(true, CAST(NULL, 'Nullable(String)'))]"
@@ -103,8 +117,14 @@ _INDEXES = """,
 _LAID_OUT = """
     PARTITION BY if(match(id, '^01[89a-f][0-9a-f]{5}-[0-9a-f]{4}-7'), substring(id, 1, 4), 'other')
     ORDER BY id SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"""
+_ADDED = ", ".join(f"ADD COLUMN IF NOT EXISTS {name} {_type(name)}" for name in ADDED)
 _API_KEYS = """(id String, name String, digest String, scopes String, created_us Int64, revoked_us Nullable(Int64),
     version UInt64 DEFAULT toUnixTimestamp64Nano(now64(9)))"""
+# Of two documents with one id, the first is shown.
+_RECORDS = f"""(id String, kind LowCardinality(String), created_us Int64, key Nullable(String),
+    subject Nullable(String), body String, version UInt64 DEFAULT {2**62} - toUnixTimestamp64Nano(now64(9)))"""
+_OLD_COSTS = """(message_id String, replaced_us Int64, cost_pusd Nullable(Int64), price_version Nullable(String))
+    ENGINE = {} ORDER BY (message_id, replaced_us)"""
 
 
 def ddl(cluster: str | None = None) -> tuple[str, ...]:
@@ -117,12 +137,16 @@ def ddl(cluster: str | None = None) -> tuple[str, ...]:
             "CREATE TABLE IF NOT EXISTS spryng_schema (version UInt32) ENGINE = ReplacingMergeTree ORDER BY version",
             f"CREATE TABLE IF NOT EXISTS messages {_MESSAGES}{_INDEXES})\n    ENGINE = ReplacingMergeTree(version)"
             f"{_LAID_OUT}",
+            f"ALTER TABLE messages {_ADDED}",
             f"CREATE TABLE IF NOT EXISTS api_keys {_API_KEYS} ENGINE = ReplacingMergeTree(version) ORDER BY id",
+            f"CREATE TABLE IF NOT EXISTS records {_RECORDS} ENGINE = ReplacingMergeTree(version) ORDER BY id",
+            f"CREATE TABLE IF NOT EXISTS old_costs {_OLD_COSTS.format('MergeTree')}",
         )
     if not re.fullmatch(r"[\w.-]+", cluster):
         raise SettingsError(f"cluster={cluster!r} is no name of a cluster; see system.clusters")
     here = f"ON CLUSTER '{cluster}'"
     everywhere = "ReplicatedReplacingMergeTree('/clickhouse/tables/{database}/{table}', '{shard}-{replica}'"
+    logged = everywhere.replace("Replacing", "")
     sharded = "ReplicatedReplacingMergeTree('/clickhouse/tables/{database}/{table}/{shard}', '{replica}'"
     return (
         f"CREATE TABLE IF NOT EXISTS spryng_schema {here} (version UInt32) ENGINE = {everywhere}) ORDER BY version",
@@ -130,7 +154,11 @@ def ddl(cluster: str | None = None) -> tuple[str, ...]:
         f"{_LAID_OUT}",
         f"CREATE TABLE IF NOT EXISTS messages {here} {_MESSAGES})\n"
         f"    ENGINE = Distributed('{cluster}', currentDatabase(), messages_local, cityHash64(id))",
+        f"ALTER TABLE messages_local {here} {_ADDED}",
+        f"ALTER TABLE messages {here} {_ADDED}",
         f"CREATE TABLE IF NOT EXISTS api_keys {here} {_API_KEYS} ENGINE = {everywhere}, version) ORDER BY id",
+        f"CREATE TABLE IF NOT EXISTS records {here} {_RECORDS} ENGINE = {everywhere}, version) ORDER BY id",
+        f"CREATE TABLE IF NOT EXISTS old_costs {here} {_OLD_COSTS.format(logged + ')')}",
     )
 
 
@@ -144,7 +172,7 @@ class _Left(Timeout):
         return Timeout(total=max(_deadline.get() - time.monotonic(), 0.001))
 
 
-class ClickHouseStore(SqlStore):
+class ClickHouseStore(SqlBooks):
     """A ledger in a database of a ClickHouse server or cluster, version 25.8 or newer.
 
     Args:
@@ -153,6 +181,7 @@ class ClickHouseStore(SqlStore):
     """
 
     source = "messages AS m FINAL"
+    among = "{} IN ?"
     has_tag = "has(m.tags, ?)"
     conversation = (  # 128 bits: what count(DISTINCT) makes of a text anyway, in a third of the time
         "reinterpretAsUInt128(sipHash128(m.key IS NULL, coalesce(m.key, ''), assumeNotNull(m.conversation_id)))"
@@ -160,6 +189,9 @@ class ClickHouseStore(SqlStore):
     cost_parts = ("intDiv(m.cost_pusd, 1000000)", "m.cost_pusd % 1000000")
     summed = "sum(toInt128({}))"
     _api_keys = "api_keys FINAL"
+    records_source = "records AS r FINAL"
+    records_place = ("r.created_us", "r.id")
+    costed_us = f"if(m.cost_pusd IS NULL OR m.version >= {2**62}, NULL, {2**62} - m.version)"
 
     settle_s: ClassVar[float] = 2.0
     """How long after its time of recording a message may come to be seen: inserts that take longer fail, and the clocks
@@ -185,6 +217,8 @@ class ClickHouseStore(SqlStore):
         }
         self._clients: dict[int, HttpClient] = {}
         """By process: a child of a fork makes its own."""
+        self._priced_until_us = 0
+        """Whatever was recorded before was looked at by some version of the prices, or has nothing to look at."""
 
     def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
         """Keep *messages*, each id once, in one insert that is on the disk when this returns.
@@ -240,18 +274,53 @@ class ClickHouseStore(SqlStore):
         where: Filter = Filter(),  # noqa: B008
         *,
         zone: str = "UTC",
+        limit: int | None = None,
     ) -> tuple[list[UsageRow], UsageRow]:
         """Both of one moment: they are sums of one reading of the messages."""
         with self._reading() as ask:
-            rows, [total] = self._grouped(ask, by, where, zone, with_total=True)
+            rows, [total] = self._grouped(ask, by, where, zone, limit, with_total=True)
         return rows, total
+
+    def unpriced(self, price_version: str | None, limit: int = 1_000) -> list[Message]:
+        """Messages with usage and no cost that *price_version* has not looked at; None: that none has.
+
+        For None, which is asked every few seconds, only what was recorded since then is read once it is known that of
+        all before none is left. Whoever names a version has all looked through, in one pass.
+        """
+        condition, values = "m.price_version IS NULL", []
+        if price_version is not None:
+            condition, values = f"({condition} OR m.price_version <> ?)", [price_version]
+        with self._reading() as ask:
+            [[now]] = ask(f"SELECT {_NOW}", [])
+            rows = ask(
+                f"SELECT {', '.join(f'm.{name}' for name in COLUMNS)}, m.recorded_us FROM {self.source} "
+                f"WHERE m.cost_pusd IS NULL AND m.reported AND {condition} AND m.recorded_us >= ? LIMIT ?",
+                [*values, 0 if price_version is not None else self._priced_until_us, limit],
+            )
+        if len(rows) < limit:  # these are all that there are; and with an earlier time, none comes any more
+            self._priced_until_us = min([now - int(self.settle_s * 1_000_000), *(row[-1] for row in rows)])
+        return [message_of(row[:-1]) for row in rows]
 
     def set_costs(self, costs: Sequence[Cost]) -> None:
         """Freeze costs. A cost that is there already is never changed."""
-        found: dict[str, Cost] = {}
-        for cost in costs:
-            if cost.message_id not in found or found[cost.message_id].cost_usd is None:
-                found[cost.message_id] = cost
+        version = f"if(amount IS NULL, {_VERSION['looked at']}, {_VERSION['priced']})"
+        self._set_costs(first_known(costs), version, "cost_pusd IS NULL")
+
+    def reprice(self, costs: Sequence[Cost], document: Record | None = None) -> None:
+        """Put these costs in place of those that are there, which are kept; first of all, append what says so."""
+        if document is not None:
+            self.append([document])
+        found = {cost.message_id: cost for cost in costs if cost.cost_usd is not None}
+        if found:
+            with self._asking() as (client, _):
+                client.raw_query(
+                    f"INSERT INTO old_costs SELECT id, {_NOW}, cost_pusd, price_version FROM messages FINAL "
+                    "WHERE id IN {ids:Array(String)}",
+                    parameters={"ids": list(found)},
+                )
+        self._set_costs(found, _REPRICED, "1")
+
+    def _set_costs(self, found: dict[str, Cost], version: str, condition: str) -> None:
         amounts = [pusd(cost.cost_usd) for cost in found.values()]
         _check(amounts)
         texts = ["" if amount is None else str(amount) for amount in amounts]
@@ -263,11 +332,31 @@ class ClickHouseStore(SqlStore):
                 client.raw_query(  # unlike a command, it sends its values in the body: they would be a long URL
                     f"INSERT INTO messages ({kept}, recorded_us, cost_pusd, price_version, version) SELECT {kept}, "
                     "recorded_us, toInt64OrNull({amounts:Array(String)}[indexOf({ids:Array(String)}, id)]) AS amount, "
-                    "{versions:Array(String)}[indexOf({ids:Array(String)}, id)], "
-                    f"if(amount IS NULL, {_VERSION['looked at']}, {_VERSION['priced']}) "
-                    "FROM messages FINAL WHERE id IN {ids:Array(String)} AND cost_pusd IS NULL",
+                    f"{{versions:Array(String)}}[indexOf({{ids:Array(String)}}, id)], {version} "
+                    f"FROM messages FINAL WHERE id IN {{ids:Array(String)}} AND {condition}",
                     parameters={"ids": ids, "amounts": texts, "versions": versions},
                 )
+
+    def _not_before(self, conversations: str, time: datetime) -> SqlParts:
+        """Of *conversations*, those that had nothing to bill before that time: no index is for them."""
+        before = (
+            f"SELECT m.key, m.conversation_id FROM {self.source} WHERE m.conversation_id IS NOT NULL "
+            f"AND m.timestamp_us < ? AND {IS_BILLABLE} AND NOT {self._is_void}"
+        )
+        return f"{conversations} EXCEPT {before}", [micros(time)]
+
+    def append(self, records: Sequence[Record]) -> bool:
+        """Append one document, or none if its id is there already. Two at the same moment both succeed; one is kept."""
+        if len(records) > 1:
+            raise StoreError(
+                f"{self._shown}: ClickHouse has no transactions, so that two could close the same bill. Keep what is "
+                "billed in PostgreSQL or SQLite: spryng copy SOURCE TARGET"
+            )
+        with self._asking() as (client, ask):
+            new = [r for r in records if not ask("SELECT id FROM records FINAL WHERE id = ?", [r.id])]
+            if new:
+                client.insert("records", [record_row(record) for record in new], RECORD)
+        return len(new) == len(records)
 
     def keep_api_key(self, key: ApiKey) -> None:
         """Keep a key of the server, in place of one with the same id."""
@@ -281,14 +370,9 @@ class ClickHouseStore(SqlStore):
             client.http.clear()
 
     @contextmanager
-    def _reading(self) -> Iterator[Ask]:
-        with self._asking(_READ_S) as (_, ask):
+    def _reading(self, timeout_s: float | None = None) -> Iterator[Ask]:
+        with self._asking(_READ_S if timeout_s is None else timeout_s) as (_, ask):
             yield ask
-
-    def _stored(self, ask: Ask, ids: Sequence[str]) -> dict[str, Message]:
-        columns = ", ".join(f"m.{name}" for name in COLUMNS)
-        found = ask(f"SELECT {columns} FROM {self.source} WHERE m.id IN ?", [list(ids)]) if ids else []
-        return {row[0]: message_of(row) for row in found}
 
     def _writers(self, ask: Ask) -> list[Any]:
         return ask(
@@ -297,11 +381,11 @@ class ClickHouseStore(SqlStore):
             [],
         )
 
-    def _usage(self, ask: Ask, by: str, where: Filter, zone: str) -> list[UsageRow]:
-        return self._grouped(ask, by, where, zone)[0]
+    def _usage(self, ask: Ask, by: str, where: Filter, zone: str, limit: int | None = None) -> list[UsageRow]:
+        return self._grouped(ask, by, where, zone, limit)[0]
 
     def _grouped(
-        self, ask: Ask, by: str, where: Filter, zone: str, *, with_total: bool = False
+        self, ask: Ask, by: str, where: Filter, zone: str, limit: int | None = None, *, with_total: bool = False
     ) -> tuple[list[UsageRow], list[UsageRow]]:
         """The groups and, if asked for, the total, of one statement."""
         if by not in GROUPS:
@@ -322,8 +406,12 @@ class ClickHouseStore(SqlStore):
         else:
             total, grouped = "0", ", ".join(columns)
         selected = f"SELECT {total}, {columns[0]}, {columns[1] if columns[1:] else 'NULL'}, {self._sums}"
+        whole = 2 ** len(columns) - 1  # all columns rolled up
         if by not in ("day", "month"):
-            found = ask(f"{selected} FROM ({facts}) m {joined} GROUP BY {grouped}", values)
+            # The total comes first, then groups, then what ROLLUP adds beside them.
+            first = f"{total} = {whole} DESC, {total}, " if with_total else ""
+            most, more = self._most(None if limit is None else limit + with_total, first)
+            found = ask(f"{selected} FROM ({facts}) m {joined} GROUP BY {grouped}{most}", [*values, *more])
         else:
             tz, starts = zone_of(zone), dict[int, str]()
             facts = f"SELECT *, roundDown(first_us, ?) AS period FROM ({facts})"
@@ -332,10 +420,26 @@ class ClickHouseStore(SqlStore):
                 starts, boundaries = _periods(by, tz, self._days(ask, where))
                 found = ask(f"{selected} FROM ({facts}) m GROUP BY {grouped}", [boundaries, *values])
             found = [(row[0], starts.get(row[1]), *row[2:]) for row in found]
-        whole = 2 ** len(columns) - 1  # all columns rolled up
-        rows = [_usage_row(row[1:]) for row in found if row[0] == 0]
-        totals = [_usage_row(row[1:]) for row in found if row[0] == whole]
-        return sorted(rows, key=lambda row: (_order(row.key), _order(row.group))), totals or [UsageRow(None)]
+        rows = [usage_row(row[1:]) for row in found if row[0] == 0][:limit]
+        totals = [usage_row(row[1:]) for row in found if row[0] == whole]
+        return sorted(rows, key=lambda row: (order_of(row.key), order_of(row.group))), totals or [UsageRow(None)]
+
+    def _usage_of(
+        self,
+        ask: Ask,
+        by: str,
+        where: Filter,
+        windows: Sequence[tuple[str, datetime, datetime]],
+        limit: int | None = None,
+    ) -> list[tuple[str, UsageRow]]:
+        """Usage of each of some windows, by a question each for those that may have messages."""
+        days = set(self._days(ask, within(where, windows[0][1], windows[-1][2])))
+        return [
+            (label, row)
+            for label, start, stop in windows
+            if not days.isdisjoint(range(micros(start) // _DAY_US, micros(stop) // _DAY_US + 1))
+            for row in self._usage(ask, by, within(where, start, stop), "UTC", limit)
+        ]
 
     def _days(self, ask: Ask, where: Filter) -> list[int]:
         """The days of UTC that have messages, counted from 1970."""
@@ -381,9 +485,9 @@ class ClickHouseStore(SqlStore):
                 f"{self._shown} has schema {version}, written by a newer spryng_instrument; this one knows {SCHEMA}. "
                 "Upgrade it: pip install -U spryng-instrument. Messages wait in the journal."
             )
-        if version is not None:
+        if version == SCHEMA:
             return
-        if not self._create:
+        if version is None and not self._create:
             raise StoreError(f"there is no ledger at {self._shown}. Did anything record there yet? Try: spryng demo")
         if "messages" in tables and "spryng_schema" not in tables:
             raise StoreNotOursError(

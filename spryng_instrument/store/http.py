@@ -53,7 +53,7 @@ class HttpDestination(BatchPoster):
         Raises:
             StoreError: it cannot be reached, or takes nothing from us.
         """
-        self._time.ends = time.monotonic() + timeout_s
+        self._begin(timeout_s)
         answer = self._post(self.url, self._body([]))
         if answer.status in (404, 405):
             answer = self._post(self._one_url, b"{}")

@@ -5,42 +5,38 @@ has on its disk before it is acknowledged. Rows are only ever added; later facts
 
 Rollups are of the messages, at every moment: who adds messages to a quarter of an hour also says in `dirty` that its
 rollup is of the past. The next question makes it anew; until then that quarter is summed from its messages.
+
+How the server is reached, and what it means if it is not, is the matter of `postgres_connections`.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
-import psycopg
 from psycopg import errors
-from psycopg.conninfo import make_conninfo
-from psycopg.pq import TransactionStatus
-from psycopg.types.string import TextLoader
 
-from spryng_instrument.errors import QueryError, SchemaTooNewError, StoreBusyError, StoreError, StoreNotOursError
+from spryng_instrument.errors import QueryError, StoreError
 from spryng_instrument.message import Message
-from spryng_instrument.settings import without_secrets
-from spryng_instrument.store.base import ApiKey, Cost, Filter, Outcome, Page, Receipt
+from spryng_instrument.store.base import ApiKey, Cost, Filter, Outcome, Page, Receipt, Record
+from spryng_instrument.store.books import OLD_COST, RECORD, SqlBooks, record_row
+from spryng_instrument.store.postgres_connections import Connection, Connections, ReadOnlyError, TryAgain
 from spryng_instrument.store.rows import (
+    ADDED,
     COLUMNS,
+    FIRST_USAGE,
     INTEGERS,
     JSON,
     REALS,
     SELECT,
     TEXTS,
     USAGE,
+    first_known,
     is_same,
-    message_of,
     micros,
     numbers_of,
     pusd,
@@ -53,9 +49,9 @@ from spryng_instrument.store.sql import (
     DIMENSIONS,
     FACTS,
     SUMS,
+    UNBILLED,
     Ask,
     SqlParts,
-    SqlStore,
     api_key_row,
 )
 
@@ -73,10 +69,10 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # xact is the transaction that a message came with: see `arrivals`.
         f"""CREATE TABLE messages (
             serial bigserial, xact xid8 NOT NULL DEFAULT pg_current_xact_id(),
-            {_TYPED}, PRIMARY KEY (id),
+            {", ".join(f"{name} {_TYPES[name]}" for name in COLUMNS if name not in ADDED)}, PRIMARY KEY (id),
             cost_pusd bigint, price_version text,
             model {_TEXT} GENERATED ALWAYS AS (coalesce(response_model, request_model)) STORED,
-            reported boolean GENERATED ALWAYS AS (coalesce({", ".join(USAGE)}) IS NOT NULL) STORED
+            reported boolean GENERATED ALWAYS AS (coalesce({", ".join(FIRST_USAGE)}) IS NOT NULL) STORED
         )""",
         "CREATE INDEX messages_by_time ON messages (timestamp_us, id)",
         "CREATE INDEX messages_by_key ON messages (key, timestamp_us, id)",
@@ -101,10 +97,32 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_us bigint NOT NULL, revoked_us bigint
         )""",
     ),
+    (
+        f"""CREATE TABLE records (
+            position bigserial PRIMARY KEY,
+            id {_TEXT} NOT NULL UNIQUE, kind text NOT NULL, created_us bigint NOT NULL,
+            key {_TEXT}, subject {_TEXT}, body json NOT NULL
+        )""",
+        "CREATE INDEX records_by_kind ON records (kind, subject)",
+        f"""CREATE TABLE old_costs (
+            message_id {_TEXT} NOT NULL, replaced_us bigint NOT NULL, cost_pusd bigint, price_version text
+        )""",
+        "CREATE INDEX old_costs_by_message ON old_costs (message_id)",
+        f"CREATE INDEX messages_unbilled ON messages (timestamp_us) WHERE {UNBILLED}",
+    ),
+    (
+        "ALTER TABLE messages ADD COLUMN costed_us bigint",
+        *(f"ALTER TABLE messages ADD COLUMN {name} bigint" for name in ADDED),
+        "CREATE INDEX records_in_order ON records (kind, position)",
+    ),
+    (
+        # While an index is made, rollups are read and not written: who records has nothing to do with them.
+        "CREATE INDEX rollups_by_time_and_key ON rollups (bucket_us, key)",
+        "DROP INDEX rollups_by_time",
+    ),
 )
 """What brings a ledger from each version to the next. A migration that was released is never edited."""
-_MIGRATING = 0x5350525901  # an advisory lock: one process at a time makes the tables
-_ROLLING_UP = 0x5350525902  # an advisory lock: one process at a time makes rollups
+_ROLLING_UP = 0x5350525902  # an advisory lock: one process at a time makes rollups; ...01 is for making the tables
 
 _BATCH = f"CREATE TEMPORARY TABLE IF NOT EXISTS spryng_batch ({_TYPED}) ON COMMIT DELETE ROWS"
 _NAMES = ", ".join(COLUMNS)
@@ -125,9 +143,21 @@ _SET_COSTS = f"""WITH found AS (
         FROM unnest(?::text[], ?::bigint[], ?::text[]) AS c (id, cost_pusd, price_version)
         JOIN messages m ON m.id = c.id COLLATE "C" WHERE m.cost_pusd IS NULL ORDER BY m.id FOR UPDATE OF m
     ), changed AS (
-        UPDATE messages m SET cost_pusd = f.cost_pusd, price_version = f.price_version
+        UPDATE messages m SET cost_pusd = f.cost_pusd, price_version = f.price_version,
+        costed_us = CASE WHEN f.cost_pusd IS NOT NULL THEN ?::bigint END
         FROM found f WHERE m.id = f.id AND m.cost_pusd IS NULL RETURNING m.timestamp_us, f.cost_pusd
     ) INSERT INTO dirty SELECT DISTINCT {_BUCKET.format("timestamp_us")} FROM changed WHERE cost_pusd IS NOT NULL"""
+_REPRICE = f"""WITH found AS (
+        SELECT m.id, m.timestamp_us, m.cost_pusd AS old_pusd, m.price_version AS old_version,
+        c.cost_pusd, c.price_version
+        FROM unnest(?::text[], ?::bigint[], ?::text[]) AS c (id, cost_pusd, price_version)
+        JOIN messages m ON m.id = c.id COLLATE "C" ORDER BY m.id FOR UPDATE OF m
+    ), kept AS (
+        INSERT INTO old_costs ({", ".join(OLD_COST)}) SELECT id, ?, old_pusd, old_version FROM found
+    ), changed AS (
+        UPDATE messages m SET cost_pusd = f.cost_pusd, price_version = f.price_version FROM found f WHERE m.id = f.id
+    ) INSERT INTO dirty SELECT DISTINCT {_BUCKET.format("timestamp_us")} FROM found"""
+_APPEND = f"INSERT INTO records ({', '.join(RECORD)}) VALUES ({', '.join('?' * len(RECORD))})"
 _KEEP_API_KEY = f"""INSERT INTO api_keys ({", ".join(API_KEY)}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE
     SET {", ".join(f"{name} = excluded.{name}" for name in API_KEY)}"""
 # Steps from bucket to bucket, however many rows say that one is dirty.
@@ -144,24 +174,18 @@ _ROLL_UP = f"""INSERT INTO rollups (bucket_us, {", ".join(FACTS)})
 
 _BUCKETS, _RANGES = 20_000, 200
 """Dirty buckets, and stretches of them, in one question; beyond that, all its messages are summed."""
-_REFRESH_S = 1.0
-"""How long a question makes rollups anew before it is answered."""
+_REFRESH_S, _STEP, _STEP_S = 1.0, 20, 10.0
+"""How long a question makes rollups anew before it is answered; how many buckets at a time, and how long these may
+take."""
 _COPY_FROM = 16
 """Messages from which on a COPY is faster than a statement for each."""
-_CONNECTIONS = 10
-"""Of a process to one ledger, at most."""
 _REFUSED_S = 60.0
 """For how long rollups are left as they are, once the server has said that this user may only read."""
 _QUESTION_S = 600.0
-_CONNECT_S = 5.0
-_GRACE_S = 1.0
-"""How long the server may take to say that the time is over, before it is not waited for any more."""
+_WRITE_S = 5.0
 
 
-_HARMLESS = (psycopg.DataError, psycopg.IntegrityError, errors.TransactionRollback)
-
-
-class PostgresStore(SqlStore):
+class PostgresStore(SqlBooks):
     """A ledger in the tables of a database.
 
     Args:
@@ -169,20 +193,17 @@ class PostgresStore(SqlStore):
         create: whether tables that are not there are made (the pump) or are an error (reports).
     """
 
+    among = "{} = ANY (?)"
     has_tag = "? = ANY (m.tags)"
     each_tag = ("LEFT JOIN LATERAL unnest(m.tags) AS t (tag) ON true", "t.tag")
     # Text, which sorts in half the time of a ROW; with the key's length, it is of one customer and conversation only.
     conversation = "coalesce(length(m.key), -1) || ':' || coalesce(m.key, '') || m.conversation_id"
 
     def __init__(self, url: str, *, create: bool = True) -> None:
-        self._url = url
-        self._place = without_secrets(url)
-        self._create = create
+        self._connections = Connections(url, _MIGRATIONS, create=create)
         self._copies = True
         """False: the server has shown that it cannot COPY into a temporary table."""
         self._rolls_up_at = 0.0
-        self._unshare()
-        _stores.add(self)
 
     def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
         """Keep *messages*, each id once, in one transaction that is on the server's disk when this returns."""
@@ -192,15 +213,17 @@ class PostgresStore(SqlStore):
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                with self._transaction(deadline) as db:
+                with self._connections.transaction(deadline, urgent=True) as db:
                     inserted = self._insert(db, sorted(first.values(), key=lambda message: message.id))
                     _count(db, [first[id] for id in inserted])
                     # Another transaction's, which has just been waited for, or those of long ago.
                     there = self._stored(db.ask, [id for id in first if id not in inserted])
                     if len(inserted) + len(there) < len(first):
-                        raise _TryAgain(f"messages were deleted from {self._place} while they were recorded again")
+                        raise TryAgain(
+                            f"messages were deleted from {self._connections.place} while they were recorded again"
+                        )
                 break
-            except _TryAgain:
+            except TryAgain:
                 if time.monotonic() >= deadline:
                     raise
         outcomes: list[Outcome] = []
@@ -245,21 +268,40 @@ class PostgresStore(SqlStore):
 
     def set_costs(self, costs: Sequence[Cost]) -> None:
         """Freeze costs. A cost that is there already is never changed."""
-        given: dict[str, Cost] = {}
-        for cost in costs:
-            if (known := given.get(cost.message_id)) is None or known.cost_usd is None:
-                given[cost.message_id] = cost
+        given = first_known(costs)
         amounts = [pusd(cost.cost_usd) for cost in given.values()]
-        self._write(_SET_COSTS, [list(given), amounts, [cost.price_version for cost in given.values()]])
+        versions = [cost.price_version for cost in given.values()]
+        self._write((_SET_COSTS, [list(given), amounts, versions, micros(datetime.now(timezone.utc))]))
+
+    def reprice(self, costs: Sequence[Cost], document: Record | None = None) -> None:
+        """Put these costs in place of those that are there, which are kept; and append what says so."""
+        given = {cost.message_id: cost for cost in costs if cost.cost_usd is not None}
+        versions = [cost.price_version for cost in given.values()]
+        amounts = [pusd(cost.cost_usd) for cost in given.values()]
+        repriced = (_REPRICE, [list(given), amounts, versions, micros(datetime.now(timezone.utc))])
+        self._write(repriced, *([] if document is None else [(_APPEND, record_row(document))]))
+
+    def append(self, records: Sequence[Record]) -> bool:
+        """Append all of these, or none if the id of one is there already."""
+        try:
+            with self._connections.transaction(time.monotonic() + _WRITE_S) as db:
+                for record in records:
+                    db.ask(_APPEND, record_row(record))
+        except errors.UniqueViolation:
+            return False
+        return True
 
     def keep_api_key(self, key: ApiKey) -> None:
         """Keep a key of the server, in place of one with the same id."""
-        self._write(_KEEP_API_KEY, api_key_row(key))
+        self._write((_KEEP_API_KEY, api_key_row(key)))
 
     def roll_up(self, limit: int = 100) -> int:
         """Make the rollups of so many dirty buckets anew, the oldest first. Returns of how many; 0 if another does."""
+        return self._roll_up(limit, _QUESTION_S)
+
+    def _roll_up(self, limit: int, timeout_s: float) -> int:
         now = micros(datetime.now(timezone.utc))
-        with self._transaction(time.monotonic() + _QUESTION_S, "REPEATABLE READ") as db:
+        with self._connections.transaction(time.monotonic() + timeout_s, "REPEATABLE READ") as db:
             ended = now - BUCKET_US
             buckets = [bucket for (bucket,) in db.ask(_DIRTY, [-(2**63), ended, ended, limit])]
             # A rival that had the lock between our first look and now has deleted what we would: that is found out.
@@ -273,62 +315,50 @@ class PostgresStore(SqlStore):
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        with suppress(IndexError):
-            while True:
-                self._idle.pop().close()
+        self._connections.close()
 
-    def __del__(self) -> None:
-        with suppress(Exception):  # the interpreter may be about to end
-            self.close()
-
-    def _insert(self, db: _Connection, messages: list[Message]) -> set[str]:
+    def _insert(self, db: Connection, messages: list[Message]) -> set[str]:
         """Add those that are not there. Returns their ids."""
         rows = [_array_row(message) for message in messages]
-        if self._copies and len(rows) >= _COPY_FROM:
-            try:
-                db.ask(_BATCH, [])
-                with db.cursor() as cursor, cursor.copy(f"COPY spryng_batch ({_NAMES}) FROM STDIN") as copy:
-                    for row in rows:
-                        copy.write_row(row)
-            except (errors.FeatureNotSupported, errors.SyntaxError, errors.InsufficientPrivilege) as exc:
-                self._copies = False
-                raise _TryAgain(f"{self._place} takes no COPY into a temporary table") from exc
-            return {id for (id,) in db.ask(_INSERT, [])}
-        inserted: set[str] = set()
-        if rows:
-            with db.cursor() as cursor:
-                cursor.executemany(_placeholders(_INSERT_ONE), rows, returning=True)
-                more: bool | None = True
-                while more:
-                    inserted.update(id for (id,) in cursor.fetchall())
-                    more = cursor.nextset()
-        return inserted
+        if not self._copies or len(rows) < _COPY_FROM:
+            return {id for (id,) in db.ask_each(_INSERT_ONE, rows)}
+        try:
+            db.ask(_BATCH, [])
+            db.copy_in(f"COPY spryng_batch ({_NAMES}) FROM STDIN", rows)
+        except (errors.FeatureNotSupported, errors.SyntaxError, errors.InsufficientPrivilege) as exc:
+            self._copies = False
+            raise TryAgain(f"{self._connections.place} takes no COPY into a temporary table") from exc
+        return {id for (id,) in db.ask(_INSERT, [])}
 
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        deadline = time.monotonic() + _CONNECT_S
+    def _write(self, *work: tuple[str, Sequence[Any]]) -> None:
+        """Run statements with their values, all or none."""
+        deadline = time.monotonic() + _WRITE_S
         while True:
             try:
-                with self._transaction(deadline) as db:
-                    db.ask(statement, values)
+                with self._connections.transaction(deadline) as db:
+                    for statement, values in work:
+                        db.ask(statement, values)
                 return
-            except _TryAgain:
+            except TryAgain:
                 if time.monotonic() >= deadline:
                     raise
 
     def _summing(self) -> AbstractContextManager[Ask]:
         until = time.monotonic() + _REFRESH_S
         try:
-            while self._rolls_up_at <= time.monotonic() < until and self.roll_up():
+            while self._rolls_up_at <= time.monotonic() < until and self._roll_up(_STEP, _STEP_S):
                 pass
-        except _ReadOnlyError:
+        except ReadOnlyError:
             self._rolls_up_at = until + _REFUSED_S
-        except (StoreError, psycopg.Error):  # the question says what is wrong, if it is asked in vain, too
+        except (StoreError, errors.Error):  # the question says what is wrong, if it is asked in vain, too
             pass
         return self._reading()
 
     @contextmanager
-    def _reading(self) -> Iterator[Ask]:
-        with self._transaction(time.monotonic() + _QUESTION_S, "REPEATABLE READ, READ ONLY") as db:
+    def _reading(self, timeout_s: float | None = None) -> Iterator[Ask]:
+        deadline = time.monotonic() + (_QUESTION_S if timeout_s is None else timeout_s)
+        urgent = timeout_s is not None
+        with self._connections.transaction(deadline, "REPEATABLE READ, READ ONLY", urgent=urgent) as db:
             # Distinct conversations are found by sorting them; compiling a question takes longer than it saves.
             db.run("SET LOCAL work_mem = '64MB'; SET LOCAL jit = off")
             yield db.ask
@@ -342,210 +372,21 @@ class PostgresStore(SqlStore):
         dirty = _merged(buckets)
         if len(buckets) == _BUCKETS or len(dirty) > _RANGES:
             return self._message_facts(where)
-        return self._rolled_up(where, "rolled_up", dirty)
+        return self._rolled_up(ask, where, dirty)
 
-    def _stored(self, ask: Ask, ids: Sequence[str]) -> dict[str, Message]:
-        if not ids:
-            return {}
-        columns = ", ".join(f"m.{name}" for name in COLUMNS)
-        found = ask(f"SELECT {columns} FROM messages m WHERE m.id = ANY (?)", [list(ids)])
-        return {row[0]: message_of(row) for row in found}
+    def _place(self, key: str | None, buckets: Sequence[int]) -> SqlParts:
+        return self.among.format("m.bucket_us"), [self._listed(buckets)]
 
-    # --- connections
+    def _conditions(self, where: Filter, time: str = "m.timestamp_us") -> SqlParts:
+        conditions, values = super()._conditions(where, time)
+        if where.mark is not None:
+            conditions += " AND pg_visible_in_snapshot(m.xact, ?::pg_snapshot)"
+            values = [*values, where.mark]
+        return conditions, values
 
-    def _unshare(self) -> None:
-        """Begin without connections; a forked child, too, whose locks may be held by threads that it does not have."""
-        self._idle: deque[_Connection] = deque()
-        self._free = threading.BoundedSemaphore(_CONNECTIONS)
-
-    @contextmanager
-    def _transaction(self, deadline: float, kind: str = "READ COMMITTED, READ WRITE") -> Iterator[_Connection]:
-        """A transaction of its own, committed at the end; what goes wrong with the server is said as a StoreError."""
-        free = self._free
-        if not free.acquire(timeout=max(deadline - time.monotonic(), 0.01)):
-            raise StoreBusyError(f"all {_CONNECTIONS} connections to {self._place} are at work. Try again.")
-        try:
-            with self._said():
-                db = self._begun(deadline, kind)
-                try:
-                    yield db
-                    db.run("COMMIT")
-                except BaseException as exc:
-                    self._back_out(db, exc)
-                    raise
-                self._idle.append(db)
-        finally:
-            free.release()
-
-    def _begun(self, deadline: float, kind: str) -> _Connection:
-        while True:
-            try:
-                db, used = self._idle.pop(), True
-            except IndexError:
-                db, used = self._connected(deadline), False
-            left_ms = max(math.ceil((deadline - time.monotonic()) * 1000), 10)
-            db.deadline = deadline + _GRACE_S
-            try:
-                # Settings are of this transaction only, for the sake of such poolers, too.
-                db.run(
-                    f"BEGIN ISOLATION LEVEL {kind}; SET LOCAL synchronous_commit = on; "
-                    f"SET LOCAL statement_timeout = {left_ms}; SET LOCAL lock_timeout = {left_ms}; "
-                    "SET LOCAL idle_in_transaction_session_timeout = 60000; SET LOCAL client_min_messages = warning"
-                )
-                return db
-            except BaseException as exc:
-                self._back_out(db, exc)
-                if not used or not isinstance(exc, psycopg.OperationalError):
-                    raise  # but one that lay idle while the server was started again is only replaced
-
-    def _back_out(self, db: _Connection, exc: BaseException) -> None:
-        """Undo a transaction. What it met may be so for every connection: a server that is another one by now."""
-        with suppress(psycopg.Error, TimeoutError):
-            if not isinstance(exc, psycopg.Error) or isinstance(exc, _HARMLESS):
-                db.deadline = time.monotonic() + _GRACE_S
-                if db.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
-                    db.run("ROLLBACK")
-                if db.info.transaction_status == TransactionStatus.IDLE:
-                    self._idle.append(db)
-                    return
-        db.close()
-        self.close()
-
-    def _connected(self, deadline: float) -> _Connection:
-        try:
-            conninfo = make_conninfo(
-                self._url,
-                client_encoding="utf8",
-                connect_timeout=min(max(2, math.ceil(deadline - time.monotonic())), 10),  # libpq waits for 2 s at least
-            )
-        except psycopg.Error:  # its text may have the password
-            raise StoreError(f"{self._place} is no URL that PostgreSQL takes; check its parameters") from None
-        # Nothing is prepared: a pooler in between may give each transaction another connection.
-        db = _Connection.connect(conninfo, autocommit=True, prepare_threshold=None)
-        db.deadline = deadline + _GRACE_S
-        _open.add(db)
-        try:
-            db.adapters.register_loader("json", TextLoader)
-            self._prepare(db, deadline)
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _prepare(self, db: _Connection, deadline: float) -> None:
-        """See to it that the tables are there, and are such as this version knows."""
-        version = self._version(db)
-        if version == len(_MIGRATIONS):
-            return
-        if version == 0 and not self._create:
-            raise StoreError(
-                f"there is no ledger at {self._place} yet. Did anything record there? Is the database the right one?"
-            )
-        [[encoding]] = db.ask("SHOW server_encoding", [])
-        if encoding != "UTF8":
-            raise StoreError(
-                f"{self._place} is a database in {encoding}, which cannot keep every text. Messages wait in the "
-                "journal; make one with ENCODING 'UTF8'."
-            )
-        left_ms = max(math.ceil((deadline - time.monotonic()) * 1000), 10)
-        db.run(
-            "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; SET LOCAL client_min_messages = warning; "
-            f"SET LOCAL lock_timeout = {left_ms}; SET LOCAL statement_timeout = 0"
-        )
-        db.ask("SELECT pg_advisory_xact_lock(?)", [_MIGRATING])
-        db.deadline = None  # it takes as long as it takes
-        try:
-            db.run("CREATE TABLE IF NOT EXISTS spryng_schema (version int PRIMARY KEY, since timestamptz NOT NULL)")
-            for number in range(self._version(db), len(_MIGRATIONS)):  # asked again: another may have just done it
-                for statement in _MIGRATIONS[number]:
-                    db.run(statement)
-                db.ask("INSERT INTO spryng_schema VALUES (?, now())", [number + 1])
-        except (errors.DuplicateTable, errors.DuplicateObject) as exc:
-            raise StoreNotOursError(
-                f"{self._place} has tables of something else: {exc.diag.message_primary}. Messages wait in the "
-                "journal; give the ledger a database of its own, or a schema: ?options=-csearch_path%3Dspryng"
-            ) from exc
-        db.run("COMMIT")
-        db.deadline = deadline + _GRACE_S
-
-    def _version(self, db: _Connection) -> int:
-        """The schema's version, 0 where there is none; raises for one that this version must not touch."""
-        if db.ask("SELECT to_regclass('spryng_schema')", []) == [(None,)]:
-            return 0
-        [[version]] = db.ask("SELECT coalesce(max(version), 0) FROM spryng_schema", [])
-        if version > len(_MIGRATIONS):
-            raise SchemaTooNewError(
-                f"{self._place} has schema {version}, written by a newer spryng_instrument; this one knows "
-                f"{len(_MIGRATIONS)}. Upgrade it: pip install -U spryng-instrument. Messages wait in the journal."
-            )
-        return int(version)
-
-    @contextmanager
-    def _said(self) -> Iterator[None]:
-        """What goes wrong in here is said as a StoreError; but not what is wrong with a message."""
-        try:
-            yield
-        except (psycopg.DataError, psycopg.IntegrityError, errors.ProgramLimitExceeded):
-            raise  # a message that cannot be stored, not a server that takes none
-        except (errors.DeadlockDetected, errors.SerializationFailure) as exc:
-            raise _TryAgain(f"{self._place}: {_line(exc)} Try again.") from exc
-        except (errors.QueryCanceled, errors.LockNotAvailable, errors.ConnectionTimeout, TimeoutError) as exc:
-            raise StoreBusyError(f"{self._place} took too long: {_line(exc)} Messages wait in the journal.") from exc
-        except (errors.ReadOnlySqlTransaction, errors.InsufficientPrivilege) as exc:
-            raise _ReadOnlyError(
-                f"{self._place}: {_line(exc)} Messages wait in the journal; give the URL's user the right to write."
-            ) from exc
-        except psycopg.Error as exc:
-            raise StoreError(f"{self._place}: {_line(exc)} Messages wait in the journal.") from exc
-
-
-def _line(exc: Exception) -> str:
-    """What the server said, as one sentence."""
-    said = " ".join(str(exc).split())
-    return said if said.endswith((".", "?", "!")) else f"{said}."
-
-
-class _TryAgain(StoreBusyError):
-    """Nothing was done, and the same may work at once."""
-
-
-class _ReadOnlyError(StoreError):
-    """This user, or this server, may only be read."""
-
-
-class _Connection(psycopg.Connection[tuple[Any, ...]]):
-    """A connection that waits for nothing beyond its deadline, though the server may be stopped or the network cut."""
-
-    deadline: float | None = None
-
-    def ask(self, question: str, values: Sequence[Any]) -> list[Any]:
-        """Run a statement with ? for its values, and return its rows."""
-        with self.cursor() as cursor:
-            cursor.execute(_placeholders(question), list(values))
-            return cursor.fetchall() if cursor.description else []
-
-    def run(self, statements: str) -> None:
-        """Run statements without values, in one message to the server."""
-        self.execute(statements.encode())
-
-    def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
-        """As psycopg does, which resumes the generator every 0.1 s when nothing comes."""
-        return super().wait(self._within(gen), *args, **kwargs)
-
-    def _within(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        try:
-            wanted = next(gen)
-            while True:
-                ready = yield wanted
-                if not ready and self.deadline is not None and time.monotonic() > self.deadline:
-                    raise TimeoutError("no answer from the server")
-                wanted = gen.send(ready)
-        except StopIteration as done:
-            return done.value
-
-
-def _placeholders(question: str) -> bytes:
-    return question.replace("%", "%%").replace("?", "%s").encode()
+    def _mark(self, ask: Ask) -> str:
+        [[snapshot]] = ask("SELECT pg_current_snapshot()::text", [])
+        return str(snapshot)
 
 
 def _array_row(message: Message) -> tuple[Any, ...]:
@@ -557,7 +398,7 @@ def _array_row(message: Message) -> tuple[Any, ...]:
 _TAGS = COLUMNS.index("tags")
 
 
-def _count(db: _Connection, new: list[Message]) -> None:
+def _count(db: Connection, new: list[Message]) -> None:
     """Say what was added: to whose numbers, and to which buckets."""
     numbers = numbers_of(new)
     buckets = {micros(message.timestamp) // BUCKET_US * BUCKET_US for message in new}
@@ -573,27 +414,3 @@ def _merged(buckets: list[int]) -> list[tuple[int, int]]:
         start = ranges.pop()[0] if ranges and ranges[-1][1] == bucket else bucket
         ranges.append((start, bucket + BUCKET_US))
     return ranges
-
-
-# --- forks
-
-_stores: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
-_open: weakref.WeakSet[_Connection] = weakref.WeakSet()
-_leaked: list[_Connection] = []
-"""Connections of the parent. They are neither used nor closed here, not even by the garbage collector."""
-
-
-def _after_fork_in_child() -> None:
-    """Let go of the parent's sockets without a word on them: or what the parent left open would last as long as we."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for db in list(_open):
-        _leaked.append(db)
-        with suppress(psycopg.Error, OSError):
-            os.dup2(nothing, db.pgconn.socket, inheritable=False)
-    os.close(nothing)
-    _open.clear()
-    for store in list(_stores):
-        store._unshare()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

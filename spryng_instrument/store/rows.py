@@ -8,17 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from operator import itemgetter
 from typing import Any
 
 import msgspec
 
 from spryng_instrument.message import Message, Usage
-from spryng_instrument.store.base import COST_UNIT, Outcome, StoredMessage
+from spryng_instrument.store.base import COST_UNIT, Cost, Outcome, StoredMessage
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
 
 USAGE = Usage.__struct_fields__
+ADDED = ("cached_audio_tokens", "cached_image_tokens")
+"""Counts that ledgers got a column for by a later migration."""
+FIRST_USAGE = tuple(name for name in USAGE if name not in ADDED)
 TEXTS = (
     "key", "conversation_id", "query", "operation", "status", "request_model", "response_model", "response_id",
     "request_id", "service_tier", "host", "error", "call_site", "writer",
@@ -31,6 +35,14 @@ COLUMNS = ("id", "timestamp_us", "streamed", "tags", *JSON, *PLAIN, *USAGE)
 """What `row_of` makes and `message_of` takes, in this order. `tags` is JSON in SQLite, and an array elsewhere."""
 SELECT = ", ".join(f"m.{name}" for name in (*COLUMNS, "cost_pusd", "price_version"))
 """What `stored_of` takes."""
+
+_FIELDS = Message.__struct_fields__
+_COLUMN = {"timestamp": "timestamp_us", "usage": USAGE[0]}
+_in_order = itemgetter(*(COLUMNS.index(_COLUMN.get(name, name)) for name in _FIELDS))
+"""The columns of a row in the order of a message's fields."""
+_TIMESTAMP, _STREAMED, _TAGS, _USAGE = map(_FIELDS.index, ("timestamp", "streamed", "tags", "usage"))
+_JSONS = tuple(map(_FIELDS.index, JSON))
+_NO_COUNTS = (None,) * len(USAGE)
 
 
 def row_of(message: Message) -> tuple[Any, ...]:
@@ -50,19 +62,17 @@ def row_of(message: Message) -> tuple[Any, ...]:
 
 def message_of(row: Sequence[Any]) -> Message:
     """The message of a row of COLUMNS."""
-    values = dict(zip(COLUMNS, row, strict=True))
-    counts = {name: values.pop(name) for name in USAGE}
-    tags = values.pop("tags")
-    properties, tool_usage = values.pop("properties"), values.pop("tool_usage")
-    return Message(
-        timestamp=moment(values.pop("timestamp_us")),
-        streamed=bool(values.pop("streamed")),
-        tags=msgspec.json.decode(tags, type=tuple[str, ...]) if isinstance(tags, str) else tuple(tags),
-        properties=None if properties is None else msgspec.json.decode(properties),
-        tool_usage=None if tool_usage is None else msgspec.json.decode(tool_usage),
-        usage=Usage(**counts) if any(count is not None for count in counts.values()) else None,
-        **values,
-    )
+    values = list(_in_order(row))
+    values[_TIMESTAMP] = moment(values[_TIMESTAMP])
+    values[_STREAMED] = bool(values[_STREAMED])
+    tags = values[_TAGS]
+    values[_TAGS] = msgspec.json.decode(tags, type=tuple[str, ...]) if isinstance(tags, str) else tuple(tags)
+    for place in _JSONS:
+        if values[place] is not None:
+            values[place] = msgspec.json.decode(values[place])
+    counts = tuple(row[-len(USAGE) :])
+    values[_USAGE] = None if counts == _NO_COUNTS else Usage(*counts)
+    return Message(*values)
 
 
 def stored_of(row: Sequence[Any]) -> StoredMessage:
@@ -120,3 +130,12 @@ def usd(pusd: int | None) -> Decimal | None:
 def pusd(usd: Decimal | None) -> int | None:
     """Trillionths of so many US dollars."""
     return None if usd is None else int(usd / COST_UNIT)
+
+
+def first_known(costs: Sequence[Cost]) -> dict[str, Cost]:
+    """By message, the first of these costs that is known, or else the first."""
+    found: dict[str, Cost] = {}
+    for cost in costs:
+        if cost.message_id not in found or found[cost.message_id].cost_usd is None:
+            found[cost.message_id] = cost
+    return found

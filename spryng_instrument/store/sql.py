@@ -12,18 +12,21 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from datetime import date, datetime, timedelta, timezone, tzinfo
+from dataclasses import fields, replace
+from datetime import datetime, timedelta, tzinfo
+from decimal import Decimal, localcontext
 from typing import Any, ClassVar
 
 import msgspec
 
 from spryng_instrument.errors import QueryError
 from spryng_instrument.message import BILLABLE, Message
+from spryng_instrument.periods import period_of, zone_of
 from spryng_instrument.store.base import (
     BATCH,
+    EXACT,
     GROUPS,
     ApiKey,
     Conversation,
@@ -32,7 +35,7 @@ from spryng_instrument.store.base import (
     Health,
     Page,
     UsageRow,
-    zone_of,
+    most_first,
 )
 from spryng_instrument.store.rows import COLUMNS, SELECT, message_of, micros, moment, stored_of, usd
 
@@ -43,7 +46,15 @@ SqlParts = tuple[str, list[Any]]
 
 BUCKET_US = 15 * 60 * 1_000_000
 """What a rollup sums up. Days begin on a quarter of an hour in every zone of today."""
-_IS_BILLABLE = "m.status IN ({})".format(", ".join(f"'{status}'" for status in BILLABLE))
+_QUARTERS = 3_000
+"""In so many buckets, those of a month, a customer's rollups are looked up one by one; beyond that, all are read."""
+_WINDOWS = 500
+"""Days or months of one question."""
+_KNOWN = timedelta(days=100)
+"""Up to this, it is not worth asking which days have messages at all."""
+IS_BILLABLE = "m.status IN ({})".format(", ".join(f"'{status}'" for status in BILLABLE))
+UNBILLED = "status NOT IN ({})".format(", ".join(f"'{status}'" for status in BILLABLE))
+"""Messages that are not billed: few, and found by an index of their own."""
 DIMENSIONS = ("key", "conversation_id", "model", "tags")
 SUMS = (
     "messages", "errors", "cancelled", "unreported", "unpriced", "input_tokens", "cached_tokens", "output_tokens",
@@ -60,6 +71,10 @@ class SqlStore:
     batch_size = BATCH
     source: ClassVar[str] = "messages m"
     """The messages, each once."""
+    rolled_up: ClassVar[str] = "rolled_up"
+    """The rollups, as facts."""
+    among: ClassVar[str]
+    """Whether a value is in the list ?."""
     has_tag: ClassVar[str]
     """Whether m.tags has the one ?."""
     each_tag: ClassVar[tuple[str, str]]
@@ -72,8 +87,12 @@ class SqlStore:
     flag: ClassVar[str] = "CASE WHEN {} THEN 1 ELSE 0 END"
     """A condition as a number."""
 
-    def _reading(self) -> AbstractContextManager[Ask]:
-        """Asks questions of one moment; what goes wrong is raised as a StoreError."""
+    def _reading(self, timeout_s: float | None = None) -> AbstractContextManager[Ask]:
+        """Asks questions of one moment; what goes wrong is raised as a StoreError.
+
+        Args:
+            timeout_s: how long they may take; who gives it must not wait for those who do not.
+        """
         raise NotImplementedError
 
     def _summing(self) -> AbstractContextManager[Ask]:
@@ -84,12 +103,12 @@ class SqlStore:
         """SELECTs of FACTS."""
         return self._message_facts(where)
 
-    def _rolled_up(self, where: Filter, rollups: str, stale: Sequence[tuple[int, int]] = ()) -> SqlParts:
-        """FACTS from *rollups*, but for what is less than a bucket at both ends: that comes from the messages.
+    def _rolled_up(self, ask: Ask, where: Filter, stale: Sequence[tuple[int, int]] = ()) -> SqlParts:
+        """FACTS from rollups, but for what is less than a bucket at both ends: that comes from the messages.
 
-        So do the *stale* buckets, which are not in *rollups*: from one time up to another, each.
+        So do the *stale* buckets, which are not in `rolled_up`: from one time up to another, each.
         """
-        if where.conversation_id is not None:  # few messages, and found by their index
+        if where.conversation_id is not None or where.mark is not None:  # few, and found by their index; or of the past
             return self._message_facts(where)
         since = None if where.since is None else -(-micros(where.since) // BUCKET_US) * BUCKET_US
         until = None if where.until is None else micros(where.until) // BUCKET_US * BUCKET_US
@@ -100,8 +119,14 @@ class SqlStore:
             since=None if since is None else moment(since),
             until=None if until is None else moment(until),
         )
-        conditions, values = self._conditions(whole, "m.bucket_us")
-        parts = [f"SELECT {', '.join(f'm.{name}' for name in FACTS)} FROM {rollups} m WHERE {conditions}"]
+        buckets = self._buckets(ask, whole) if where.key is not None or where.no_key else None
+        if buckets is None:
+            conditions, values = self._conditions(whole, "m.bucket_us")
+        else:
+            conditions, values = self._conditions(replace(whole, since=None, until=None))
+            place, more = self._place(where.key, buckets)
+            conditions, values = f"{conditions} AND {place}", [*values, *more]
+        parts = [f"SELECT {', '.join(f'm.{name}' for name in FACTS)} FROM {self.rolled_up} m WHERE {conditions}"]
         if stale:
             parts, values = self._with_messages(parts, values, whole, stale)
         if whole.since != where.since:
@@ -109,6 +134,24 @@ class SqlStore:
         if whole.until != where.until:
             parts, values = self._with_messages(parts, values, within(where, whole.until, None))
         return " UNION ALL ".join(parts), values
+
+    def _buckets(self, ask: Ask, where: Filter) -> list[int] | None:
+        """The buckets in which a customer has messages, by steps from one to the next. None: they are too many."""
+        owner = Filter(where.key, where.no_key, until=where.until)
+        (begun, first), (conditions, values) = map(self._conditions, (replace(owner, since=where.since), owner))
+        ends = f"step.us - (step.us % {BUCKET_US} + {BUCKET_US}) % {BUCKET_US} + {BUCKET_US}"
+        found = ask(
+            f"WITH RECURSIVE step (us) AS (SELECT min(m.timestamp_us) FROM {self.source} WHERE {begun} "
+            f"UNION ALL SELECT (SELECT min(m.timestamp_us) FROM {self.source} WHERE {conditions} "
+            f"AND m.timestamp_us >= {ends}) FROM step WHERE step.us IS NOT NULL) "
+            "SELECT step.us FROM step WHERE step.us IS NOT NULL LIMIT ?",
+            [*first, *values, _QUARTERS + 1],
+        )
+        return None if len(found) > _QUARTERS else [us // BUCKET_US * BUCKET_US for (us,) in found]
+
+    def _place(self, key: str | None, buckets: Sequence[int]) -> SqlParts:
+        """The condition that a rollup is a customer's, and of one of these buckets, as an index finds it."""
+        raise NotImplementedError
 
     def _with_messages(
         self,
@@ -136,10 +179,35 @@ class SqlStore:
         where: Filter = Filter(),  # noqa: B008
         *,
         zone: str = "UTC",
+        limit: int | None = None,
     ) -> tuple[list[UsageRow], UsageRow]:
         """Both of one moment, whatever is recorded meanwhile."""
         with self._summing() as ask:
-            return self._usage(ask, by, where, zone), self._total(ask, where)
+            rows = self._usage(ask, by, where, zone, limit)
+            # A message has one key, and so has a conversation: their sum is the total.
+            return rows, _summed(rows) if by == "key" and limit is None else self._total(ask, where)
+
+    def usage_by_window(
+        self,
+        by: str,
+        window: str,
+        where: Filter = Filter(),  # noqa: B008
+        *,
+        zone: str = "UTC",
+        with_total: bool = True,
+        limit: int | None = None,
+    ) -> tuple[list[tuple[str, UsageRow]], UsageRow]:
+        """Usage by one of GROUPS of each day or month, and the total if it is wanted: of one moment."""
+        tz = zone_of(zone)
+        with self._summing() as ask:
+            rows: list[tuple[str, UsageRow]] = []
+            windows = self._windows(ask, window, where, tz)
+            for start in range(0, len(windows), _WINDOWS):
+                rows += self._usage_of(ask, by, where, windows[start : start + _WINDOWS], limit)
+            if limit is not None and len(rows) > limit:
+                chosen = sorted(range(len(rows)), key=lambda number: most_first(rows[number][1]))[:limit]
+                rows = [rows[number] for number in sorted(chosen)]
+            return rows, self._total(ask, where) if with_total else UsageRow(None)
 
     def messages(self, where: Filter = Filter(), *, after: str | None = None, limit: int = 50) -> Page:  # noqa: B008
         """Messages, newest first."""
@@ -179,23 +247,28 @@ class SqlStore:
                 f"ORDER BY {', '.join(f'{part} DESC' for part in order)} LIMIT ?",
                 [*values, *mark, limit + 1],
             )
-        rows = [Conversation(_usage_row(row[2:]), moment(row[0]), moment(row[1])) for row in found[:limit]]
+        rows = [Conversation(usage_row(row[2:]), moment(row[0]), moment(row[1])) for row in found[:limit]]
         more = len(found) > limit and limit > 0
         return ConversationPage(rows, _mark(found[limit - 1]) if more else None)
 
-    def found(self, ids: Sequence[str]) -> dict[str, Message]:
+    def found(self, ids: Sequence[str], *, timeout_s: float | None = None) -> dict[str, Message]:
         """Those of the messages with these ids that are in the ledger."""
-        with self._reading() as ask:
+        with self._reading(timeout_s) as ask:
             return self._stored(ask, ids)
 
-    def unpriced(self, price_version: str, limit: int = 1_000) -> list[Message]:
-        """Messages with usage and no cost that *price_version* has not looked at."""
+    def unpriced(self, price_version: str | None, limit: int = 1_000) -> list[Message]:
+        """Messages with usage and no cost that *price_version* has not looked at; None: that none has."""
+        rows: list[Any] = []
+        # An index answers what others looked at, though this version looked at millions.
+        others = ("m.price_version < ?", "m.price_version > ?") if price_version else ()
         with self._reading() as ask:
-            rows = ask(
-                f"SELECT {', '.join(f'm.{name}' for name in COLUMNS)} FROM {self.source} WHERE m.cost_pusd IS NULL "
-                "AND m.reported AND coalesce(m.price_version, '') <> ? LIMIT ?",
-                [price_version, limit],
-            )
+            for condition in ("m.price_version IS NULL", *others):
+                values = [price_version] if "?" in condition else []
+                rows += ask(
+                    f"SELECT {', '.join(f'm.{name}' for name in COLUMNS)} FROM {self.source} "
+                    f"WHERE m.cost_pusd IS NULL AND m.reported AND {condition} LIMIT ?",
+                    [*values, limit - len(rows)],
+                )
         return [message_of(row) for row in rows]
 
     def health(self) -> Health:
@@ -221,19 +294,33 @@ class SqlStore:
             tuple((model, count) for model, count in unpriced),
         )
 
-    def missing(self, writer: str, last_sequence: int) -> list[int]:
-        """The numbers up to *last_sequence* of a writer that are not in the ledger."""
-        with self._reading() as ask:
-            rows = ask(f"SELECT m.sequence FROM {self.source} WHERE m.writer = ?", [writer])
-        return sorted(set(range(1, last_sequence + 1)) - {sequence for (sequence,) in rows})
+    def missing(self, given: Mapping[str, int]) -> dict[str, list[range]]:
+        """By writer, the numbers from 1 to the last one that it gave that are not in the ledger, in order."""
+        beside = "max(m.sequence) OVER (PARTITION BY m.writer ORDER BY m.sequence ROWS BETWEEN 1 {0} AND 1 {0})"
+        with self._reading() as ask:  # of each, the numbers after a gap, and the last one
+            rows = ask(
+                "SELECT n.writer, n.before, n.sequence FROM (SELECT m.writer, m.sequence, "
+                f"coalesce({beside.format('PRECEDING')}, 0) AS before, {beside.format('FOLLOWING')} AS after "
+                f"FROM {self.source} WHERE {self.among.format('m.writer')} AND m.sequence > 0) n "
+                "WHERE n.sequence > n.before + 1 OR n.after IS NULL ORDER BY n.writer, n.sequence",
+                [self._listed(list(given))],
+            )
+        missing: dict[str, list[range]] = {writer: [] for writer in given}
+        highest = dict.fromkeys(given, 0)
+        for writer, before, sequence in rows:
+            missing[writer].append(range(before + 1, min(sequence, given[writer] + 1)))
+            highest[writer] = sequence
+        for writer, last in given.items():
+            missing[writer].append(range(highest[writer] + 1, last + 1))
+        return {writer: [numbers for numbers in ranges if numbers] for writer, ranges in missing.items()}
 
     def roll_up(self, limit: int = 100) -> int:
         """Nothing is left to sum up."""
         return 0
 
-    def api_keys(self) -> list[ApiKey]:
+    def api_keys(self, *, timeout_s: float | None = None) -> list[ApiKey]:
         """Every key of the server, the oldest first."""
-        with self._reading() as ask:
+        with self._reading(timeout_s) as ask:
             rows = ask(f"SELECT {', '.join(API_KEY)} FROM {self._api_keys}", [])
         return sorted((api_key_of(row) for row in rows), key=lambda key: (key.created, key.id))
 
@@ -244,7 +331,14 @@ class SqlStore:
         return ask("SELECT writer, last_sequence, messages FROM writers", [])
 
     def _stored(self, ask: Ask, ids: Sequence[str]) -> dict[str, Message]:
-        raise NotImplementedError
+        """Those of the messages with these ids that are there, by id."""
+        columns = ", ".join(f"m.{name}" for name in COLUMNS)
+        question = f"SELECT {columns} FROM {self.source} WHERE {self.among.format('m.id')}"
+        return {row[0]: message_of(row) for row in (ask(question, [self._listed(ids)]) if ids else [])}
+
+    def _listed(self, values: Sequence[Any]) -> Any:
+        """A list, as `among` takes it."""
+        return list(values)
 
     @property
     def _sums(self) -> str:
@@ -264,7 +358,7 @@ class SqlStore:
             conditions += f" AND ({' OR '.join(['m.timestamp_us >= ? AND m.timestamp_us < ?'] * len(times))})"
             values += [bound for each in times for bound in each]
         flags = (
-            _IS_BILLABLE, "m.status = 'error'", "m.status = 'cancelled'", f"{_IS_BILLABLE} AND NOT m.reported",
+            IS_BILLABLE, "m.status = 'error'", "m.status = 'cancelled'", f"{IS_BILLABLE} AND NOT m.reported",
             "m.reported AND m.cost_pusd IS NULL",
         )  # fmt: skip
         expressions = ["m.timestamp_us", "m.timestamp_us", *(f"m.{name}" for name in DIMENSIONS)]
@@ -292,22 +386,77 @@ class SqlStore:
                 values.append(micros(bound))
         return " AND ".join(parts), values
 
-    def _usage(self, ask: Ask, by: str, where: Filter, zone: str) -> list[UsageRow]:
+    def _usage(self, ask: Ask, by: str, where: Filter, zone: str, limit: int | None = None) -> list[UsageRow]:
         if by not in GROUPS:
             raise QueryError(f"usage cannot be grouped by {by!r}; choose one of: {', '.join(GROUPS)}")
         if by in ("day", "month"):
             return self._by_period(ask, by, where, zone)
+        joined, column, owner, grouped = self._grouping(by)
+        facts, values = self._facts(ask, where)
+        most, more = self._most(limit)
+        rows = ask(
+            f"SELECT {column}, {owner}, {self._sums} FROM ({facts}) m {joined} GROUP BY {grouped}{most}",
+            [*values, *more],
+        )
+        return sorted(map(usage_row, rows), key=lambda row: (order_of(row.key), order_of(row.group)))
+
+    def _grouping(self, by: str) -> tuple[str, str, str, str]:
+        """What is joined, the column of the group and of its owner, and what is grouped by."""
         joined, column = {
             "key": ("", "m.key"),
             "model": ("", "m.model"),
             "conversation": ("", "m.conversation_id"),
             "tag": self.each_tag,
         }[by]
-        facts, values = self._facts(ask, where)
-        owner = "m.key" if by == "conversation" else "NULL"
-        grouped = column if owner == "NULL" else f"{column}, {owner}"
-        rows = ask(f"SELECT {column}, {owner}, {self._sums} FROM ({facts}) m {joined} GROUP BY {grouped}", values)
-        return sorted(map(_usage_row, rows), key=lambda row: (_order(row.key), _order(row.group)))
+        return (
+            (joined, column, "m.key", f"{column}, m.key") if by == "conversation" else (joined, column, "NULL", column)
+        )
+
+    def _most(self, limit: int | None, first: str = "") -> SqlParts:
+        """How groups are ordered and cut off, as `most_first` says."""
+        if limit is None:
+            return "", []
+        messages, e6, e12 = (f"coalesce({self.summed.format(f'm.{name}')}, 0)" for name in (SUMS[0], *SUMS[-2:]))
+        return f" ORDER BY {first}{e6} * 1000000 + {e12} DESC, {messages} DESC LIMIT ?", [limit]
+
+    def _windows(self, ask: Ask, by: str, where: Filter, tz: tzinfo) -> list[tuple[str, datetime, datetime]]:
+        """The days or months that there may be messages in."""
+        if where.since is not None and where.until is not None and where.until - where.since < _KNOWN:
+            first, last = micros(where.since), micros(where.until) - 1
+        else:
+            facts, values = self._facts(ask, where)
+            [[first, last]] = ask(f"SELECT min(m.first_us), max(m.last_us) FROM ({facts}) m", values)
+        windows: list[tuple[str, datetime, datetime]] = []
+        while first is not None and first <= last:
+            windows.append(period_of(by, moment(first), tz))
+            first = micros(windows[-1][2])
+        return windows
+
+    def _usage_of(
+        self,
+        ask: Ask,
+        by: str,
+        where: Filter,
+        windows: Sequence[tuple[str, datetime, datetime]],
+        limit: int | None = None,
+    ) -> list[tuple[str, UsageRow]]:
+        """Usage of each of some windows, which follow one another, by one question."""
+        joined, column, owner, grouped = self._grouping(by)
+        where = within(where, windows[0][1], windows[-1][2])
+        starts = [micros(start) for _, start, _ in windows]
+        if any(start % BUCKET_US for start in starts):  # a zone of long ago: a rollup may be of two days
+            facts, values = self._message_facts(where)
+        else:
+            facts, values = self._facts(ask, where)
+        most, more = self._most(limit)
+        found = ask(
+            f"SELECT {_number_of(starts)} AS number, {column}, {owner}, {self._sums} FROM ({facts}) m {joined} "
+            f"GROUP BY 1, {grouped}{most}",
+            [*values, *more],
+        )
+        rows = [(int(row[0]), usage_row(row[1:])) for row in found]
+        rows.sort(key=lambda each: (each[0], order_of(each[1].key), order_of(each[1].group)))
+        return [(windows[number][0], row) for number, row in rows]
 
     def _by_period(self, ask: Ask, by: str, where: Filter, zone: str) -> list[UsageRow]:
         tz = zone_of(zone)
@@ -332,20 +481,18 @@ class SqlStore:
     def _total(self, ask: Ask, where: Filter, label: str | None = None) -> UsageRow:
         facts, values = self._facts(ask, where)
         [row] = ask(f"SELECT NULL, NULL, {self._sums} FROM ({facts}) m", values)
-        return _usage_row([label, *row[1:]])
+        return usage_row([label, *row[1:]])
 
 
-def period_of(by: str, time: datetime, tz: tzinfo) -> tuple[str, datetime, datetime]:
-    """(label, start, stop) of the day or month, in the zone, that *time* is in."""
-    day = time.astimezone(tz).date()
-    if by == "day":
-        return day.isoformat(), _midnight(day, tz), _midnight(day + timedelta(days=1), tz)
-    day = day.replace(day=1)
-    return f"{day:%Y-%m}", _midnight(day, tz), _midnight((day + timedelta(days=32)).replace(day=1), tz)
-
-
-def _midnight(day: date, tz: tzinfo) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=tz).astimezone(timezone.utc)
+def _number_of(starts: Sequence[int], first: int = 0) -> str:
+    """SQL for the number of the window that a fact is in, by halves: some hundred comparisons would be slow."""
+    if len(starts) == 1:
+        return str(first)
+    half = len(starts) // 2
+    return (
+        f"CASE WHEN m.first_us < {starts[half]} THEN {_number_of(starts[:half], first)} "
+        f"ELSE {_number_of(starts[half:], first + half)} END"
+    )
 
 
 def within(where: Filter, start: datetime | None, stop: datetime | None) -> Filter:
@@ -355,13 +502,24 @@ def within(where: Filter, start: datetime | None, stop: datetime | None) -> Filt
     return replace(where, since=max(starts, default=None), until=min(stops, default=None))
 
 
-def _usage_row(row: Sequence[Any]) -> UsageRow:
+def usage_row(row: Sequence[Any]) -> UsageRow:
+    """A row of sums as SELECTed."""
     *counts, dollars_e6, dollars_e12 = row
     cost = None if dollars_e6 is None else usd(int(dollars_e6) * 1_000_000 + int(dollars_e12))
     return UsageRow(*(*counts[:2], *map(int, counts[2:]), cost))
 
 
-def _order(name: str | None) -> tuple[bool, str]:
+def _summed(rows: Sequence[UsageRow]) -> UsageRow:
+    """The total of rows that have nothing in common."""
+    names = [each.name for each in fields(UsageRow) if each.name not in ("group", "key", "cost_usd")]
+    costs = [row.cost_usd for row in rows if row.cost_usd is not None]
+    counts = {name: sum(getattr(row, name) for row in rows) for name in names}
+    with localcontext(EXACT):
+        return UsageRow(None, **counts, cost_usd=sum(costs, Decimal(0)) if costs else None)
+
+
+def order_of(name: str | None) -> tuple[bool, str]:
+    """Rows are in the order of their names; those without one come first."""
     return name is not None, name or ""
 
 

@@ -12,19 +12,24 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from spryng_instrument.errors import SchemaTooNewError, StoreBusyError, StoreError, StoreNotOursError
 from spryng_instrument.message import Message
-from spryng_instrument.store.base import ApiKey, Cost, Filter, Page, Receipt
+from spryng_instrument.store.base import ApiKey, Cost, Filter, Page, Receipt, Record
+from spryng_instrument.store.books import OLD_COST, RECORD, SqlBooks, record_row
 from spryng_instrument.store.forks import unforked
 from spryng_instrument.store.rows import (
+    ADDED,
     COLUMNS,
+    FIRST_USAGE,
     SELECT,
-    USAGE,
-    message_of,
+    first_known,
+    micros,
     numbers_of,
     pusd,
     row_of,
@@ -36,9 +41,9 @@ from spryng_instrument.store.sql import (
     BUCKET_US,
     DIMENSIONS,
     SUMS,
+    UNBILLED,
     Ask,
     SqlParts,
-    SqlStore,
     api_key_row,
 )
 
@@ -57,10 +62,10 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             request_model TEXT, response_model TEXT, response_id TEXT, request_id TEXT,
             retries INTEGER, service_tier TEXT, host TEXT, error TEXT, http_status INTEGER,
             latency_ms REAL, time_to_first_token_ms REAL, call_site TEXT, writer TEXT, sequence INTEGER,
-            {", ".join(f"{name} {'REAL' if name == 'seconds' else 'INTEGER'}" for name in USAGE)},
+            {", ".join(f"{name} {'REAL' if name == 'seconds' else 'INTEGER'}" for name in FIRST_USAGE)},
             cost_pusd INTEGER, price_version TEXT,
             model TEXT GENERATED ALWAYS AS (coalesce(response_model, request_model)) VIRTUAL,
-            reported INTEGER GENERATED ALWAYS AS (coalesce({", ".join(USAGE)}) IS NOT NULL) VIRTUAL
+            reported INTEGER GENERATED ALWAYS AS (coalesce({", ".join(FIRST_USAGE)}) IS NOT NULL) VIRTUAL
         )""",
         "CREATE INDEX messages_by_time ON messages (timestamp_us, id)",
         "CREATE INDEX messages_by_key ON messages (key, timestamp_us, id)",
@@ -86,6 +91,24 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_us INTEGER NOT NULL, revoked_us INTEGER
         ) WITHOUT ROWID""",
     ),
+    (
+        """CREATE TABLE records (
+            position INTEGER PRIMARY KEY,
+            id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, created_us INTEGER NOT NULL,
+            key TEXT, subject TEXT, body TEXT NOT NULL
+        )""",
+        "CREATE INDEX records_by_kind ON records (kind, subject)",
+        """CREATE TABLE old_costs (
+            message_id TEXT NOT NULL, replaced_us INTEGER NOT NULL, cost_pusd INTEGER, price_version TEXT
+        )""",
+        "CREATE INDEX old_costs_by_message ON old_costs (message_id)",
+        f"CREATE INDEX messages_unbilled ON messages (timestamp_us) WHERE {UNBILLED}",
+    ),
+    (
+        "ALTER TABLE messages ADD COLUMN costed_us INTEGER",
+        *(f"ALTER TABLE messages ADD COLUMN {name} INTEGER" for name in ADDED),
+        "CREATE INDEX records_in_order ON records (kind, position)",
+    ),
 )
 """What brings a ledger from each version to the next. A migration that was released is never edited."""
 
@@ -106,13 +129,17 @@ _ROLL_UP = f"""INSERT INTO rollups SELECT
 _NEW_COSTS = f"""SELECT m.timestamp_us AS first_us, m.timestamp_us AS last_us,
     {", ".join(f"m.{name}" for name in DIMENSIONS)},
     {", ".join(f"0 AS {name}" for name in SUMS if not name.startswith("cost") and name != "unpriced")},
-    -m.reported AS unpriced, c.value ->> 1 / 1000000 AS cost_e6, c.value ->> 1 % 1000000 AS cost_e12
-    FROM json_each(?) c JOIN messages m ON m.id = c.value ->> 0 WHERE m.cost_pusd IS NULL"""
+    -(m.reported AND m.cost_pusd IS NULL) AS unpriced,
+    (c.value ->> 1) / 1000000 - coalesce(m.cost_pusd / 1000000, 0) AS cost_e6,
+    (c.value ->> 1) % 1000000 - coalesce(m.cost_pusd % 1000000, 0) AS cost_e12
+    FROM json_each(?) c JOIN messages m ON m.id = c.value ->> 0 WHERE {{}}"""
+"""What costs add to the rollups of messages that have had others, or none."""
+_APPEND = f"INSERT INTO records ({', '.join(RECORD)}) VALUES ({', '.join('?' * len(RECORD))})"
 _BUSY_S = 0.2
 """How long one connection waits for a locked ledger: a fork must wait for it."""
 
 
-class SqliteStore(SqlStore):
+class SqliteStore(SqlBooks):
     """A ledger in one file.
 
     Args:
@@ -120,9 +147,13 @@ class SqliteStore(SqlStore):
         create: whether a ledger that is not there is made (the pump) or is an error (reports).
     """
 
+    among = "{} IN (SELECT value FROM json_each(?))"
     has_tag = "EXISTS (SELECT 1 FROM json_each(m.tags) WHERE value = ?)"
     each_tag = ("LEFT JOIN json_each(m.tags) t ON 1", "t.value")
     conversation = "json_array(m.key, m.conversation_id)"
+    # As the view of this name has them; and the key as it stands, which the primary key finds in a bucket.
+    rolled_up = f"""(SELECT bucket_us, first_us, last_us, key AS owner,
+        {", ".join(f"nullif({name}, char(0)) AS {name}" for name in DIMENSIONS)}, {", ".join(SUMS)} FROM rollups)"""
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         self.path = Path(path)
@@ -176,13 +207,46 @@ class SqliteStore(SqlStore):
 
     def set_costs(self, costs: Sequence[Cost]) -> None:
         """Freeze costs. A cost that is there already is never changed."""
-        found = [(pusd(cost.cost_usd), cost.price_version, cost.message_id) for cost in costs]
-        known = {id: amount for amount, _, id in found if amount is not None}
         with self._connect() as db, _transaction(db):
-            db.execute(_ROLL_UP.format(_NEW_COSTS), [msgspec.json.encode(list(known.items())).decode()])
-            db.executemany(
-                "UPDATE messages SET cost_pusd = ?, price_version = ? WHERE id = ? AND cost_pusd IS NULL", found
+            self._set_costs(db, first_known(costs), "cost_pusd IS NULL", micros(datetime.now(timezone.utc)))
+
+    def reprice(self, costs: Sequence[Cost], document: Record | None = None) -> None:
+        """Put these costs in place of those that are there, which are kept; and append what says so."""
+        known = {cost.message_id: cost for cost in costs if cost.cost_usd is not None}
+        ids = msgspec.json.encode(list(known)).decode()
+        with self._connect() as db, _transaction(db):
+            db.execute(
+                f"INSERT INTO old_costs ({', '.join(OLD_COST)}) SELECT m.id, ?, m.cost_pusd, m.price_version "
+                "FROM json_each(?) c JOIN messages m ON m.id = c.value",
+                (micros(datetime.now(timezone.utc)), ids),
             )
+            self._set_costs(db, known, "1")
+            if document is not None:
+                db.execute(_APPEND, record_row(document))
+
+    def _set_costs(
+        self, db: sqlite3.Connection, costs: dict[str, Cost], condition: str, first_us: int | None = None
+    ) -> None:
+        """Set costs where *condition* holds; *first_us* is when, if these are the first ones."""
+        found = [(pusd(cost.cost_usd), cost.price_version, id) for id, cost in costs.items()]
+        known = {id: amount for amount, _, id in found if amount is not None}
+        added = _NEW_COSTS.format(condition)
+        db.execute(_ROLL_UP.format(added), [msgspec.json.encode(list(known.items())).decode()])
+        db.executemany(
+            "UPDATE messages SET costed_us = coalesce(?, costed_us), cost_pusd = ?, price_version = ? "
+            f"WHERE id = ? AND {condition}",
+            [(None if each[0] is None else first_us, *each) for each in found],
+        )
+
+    def append(self, records: Sequence[Record]) -> bool:
+        """Append all of these, or none if the id of one is there already."""
+        rows = [record_row(record) for record in records]
+        try:
+            with self._connect() as db, _transaction(db):
+                db.executemany(_APPEND, rows)
+        except sqlite3.IntegrityError:
+            return False
+        return True
 
     def keep_api_key(self, key: ApiKey) -> None:
         """Keep a key of the server, in place of one with the same id."""
@@ -193,20 +257,29 @@ class SqliteStore(SqlStore):
         """Nothing is held open."""
 
     @contextmanager
-    def _reading(self) -> Iterator[Ask]:
-        with self._connect() as db, _transaction(db, "DEFERRED"):
+    def _reading(self, timeout_s: float | None = None) -> Iterator[Ask]:
+        with self._connect(5.0 if timeout_s is None else timeout_s) as db, _transaction(db, "DEFERRED"):
             yield _asking(db)
 
     def _facts(self, ask: Ask, where: Filter) -> SqlParts:
-        return self._rolled_up(where, "rolled_up")
+        return self._rolled_up(ask, where)
 
-    def _stored(self, ask: Ask, ids: Sequence[str]) -> dict[str, Message]:
-        columns = ", ".join(f"m.{name}" for name in COLUMNS)
-        found = ask(
-            f"SELECT {columns} FROM messages m WHERE m.id IN (SELECT value FROM json_each(?))",
-            [msgspec.json.encode(ids).decode()],
-        )
-        return {row[0]: message_of(row) for row in found}
+    def _place(self, key: str | None, buckets: Sequence[int]) -> SqlParts:
+        place = f"{self.among.format('m.bucket_us')} AND m.owner = coalesce(?, char(0))"
+        return place, [self._listed(buckets), key]
+
+    def _conditions(self, where: Filter, time: str = "m.timestamp_us") -> SqlParts:
+        conditions, values = super()._conditions(where, time)
+        if where.mark is not None:
+            conditions, values = f"{conditions} AND m.arrival <= ?", [*values, int(where.mark)]
+        return conditions, values
+
+    def _mark(self, ask: Ask) -> str:
+        [[newest]] = ask("SELECT coalesce(max(arrival), 0) FROM messages", [])
+        return str(newest)
+
+    def _listed(self, values: Sequence[Any]) -> str:
+        return msgspec.json.encode(values).decode()
 
     @contextmanager
     def _connect(self, timeout_s: float = 5.0, started: float | None = None) -> Iterator[sqlite3.Connection]:

@@ -69,16 +69,16 @@ def fill_postgres(store: PostgresStore, count: int, step_us: int) -> None:
     selected = values(tags.format, str, id, step_us).replace("{false}", "false")
     stop_us = micros(START) + count * step_us
     for start in range(0, count, CHUNK):
-        with store._transaction(time.monotonic() + 600) as db:
+        with store._connections.transaction(time.monotonic() + 600) as db:
             stop = min(start + CHUNK, count) - 1
             db.run(
                 f"INSERT INTO messages ({COLUMNS}) SELECT {selected} FROM generate_series({start}::bigint, {stop}) i"
             )
-    with store._transaction(time.monotonic() + 600) as db:
+    with store._connections.transaction(time.monotonic() + 600) as db:
         db.run(f"INSERT INTO dirty SELECT generate_series({micros(START)}, {stop_us}, {BUCKET_US})")
     seconds, _ = timed(lambda: all(iter(store.roll_up, 0)))
     print(f"rolled up in {seconds:.0f} s")
-    with store._transaction(time.monotonic() + 600) as db:
+    with store._connections.transaction(time.monotonic() + 600) as db:
         db.run("ANALYZE")
 
 
@@ -158,6 +158,7 @@ def main(url: str, count: int) -> None:
     questions["total"] = store.total
     questions["last 9 days by key"] = lambda: store.usage("key", week)
     questions["one customer by day"] = lambda: store.usage("day", Filter(key="customer-7"))
+    questions["one customer by model"] = lambda: store.usage("model", Filter(key="customer-7"))
     questions["a page of conversations"] = lambda: store.conversations(Filter(key="customer-7"), limit=50)
     rolled = type(store)._facts is not SqlStore._facts
     for name, question in questions.items():

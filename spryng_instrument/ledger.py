@@ -1,4 +1,4 @@
-"""How the commands find a ledger and read it, with what dead processes left for it in the journal.
+"""How a ledger is found and read, with what dead processes left for it in the journal.
 
 Invariant: what waits in a journal folder is delivered only to the ledger that the folder belongs to.
 """
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from spryng_instrument.errors import SettingsError, StoreError
 from spryng_instrument.journal import SUFFIX, aside_lines, count_lines
-from spryng_instrument.pump import deliver_orphans
+from spryng_instrument.pump import Begun, deliver_orphans
 from spryng_instrument.settings import Settings, env_name, resolve
 from spryng_instrument.store import open_destination, open_store
 from spryng_instrument.store.base import Store
 
 
 def settings_of(destination: str | None, journal: str | None, environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings of a command: its options, then SPRYNG_ variables, then defaults.
+    """The settings of whoever reads: what it was given, then SPRYNG_ variables, then defaults.
 
-    SPRYNG_JOURNAL belongs to SPRYNG_DESTINATION: for another --destination, the journal is the one beside it.
+    SPRYNG_JOURNAL belongs to SPRYNG_DESTINATION: for another destination, the journal is the one beside it.
 
     Raises:
         SettingsError: one of them cannot be used.
@@ -75,15 +75,15 @@ def push(settings: Settings, timeout_s: float) -> Pushed:
     destination = open_destination(settings.destination, settings.api_key)
     aside = sum(aside_lines(folder).values())
     delivered: list[int] = []
+    begun: dict[Path, Begun] = {}
     deadline = time.monotonic() + timeout_s
     wait_s = 0.1
     try:
         while True:
             reason, asked_s = None, 0.0
             try:
-                deliver_orphans(
-                    folder, destination, timeout_s=max(deadline - time.monotonic(), 0.01), said=delivered.append
-                )
+                left_s = max(deadline - time.monotonic(), 0.01)
+                deliver_orphans(folder, destination, timeout_s=left_s, said=delivered.append, begun=begun)
             except StoreError as exc:
                 reason, asked_s = str(exc), exc.retry_after_s or 0.0
             except OSError as exc:
