@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import defaultdict
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
+from html import escape
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,27 +22,17 @@ from hypothesis import strategies as st
 
 from spryng_instrument import prices, reports
 from spryng_instrument.cli.commands import commands
-from spryng_instrument.errors import QueryError
-from spryng_instrument.message import BILLABLE, Message, Usage, new_id
+from spryng_instrument.errors import QueryError, SettingsError, StoreError
+from spryng_instrument.journal import Journal
+from spryng_instrument.message import BILLABLE, Message, Usage, encode, new_id
+from spryng_instrument.periods import period
 from spryng_instrument.prices import Source
-from spryng_instrument.reports import decimal_text, message_record, period, usage_report
+from spryng_instrument.reports import decimal_text, message_record, usage_report
 from spryng_instrument.store.base import GROUPS, Filter, StoredMessage
 from spryng_instrument.store.sqlite import SqliteStore
 
-from .messages import NOON, message
+from .messages import CHANGES, NOON, ZONES, message
 
-ZONES = ("UTC", "Asia/Kolkata", "Pacific/Chatham", "America/Sao_Paulo", "Europe/Berlin", "America/New_York")
-# Clocks change: Sao Paulo skips midnight (2018-11-04) and repeats 23:00 (2018-02-17); Chatham, New York and Berlin.
-CHANGES = [
-    datetime(2018, 11, 4, 3, tzinfo=timezone.utc),
-    datetime(2018, 2, 18, 2, tzinfo=timezone.utc),
-    datetime(2026, 4, 4, 14, tzinfo=timezone.utc),
-    datetime(2026, 9, 26, 14, tzinfo=timezone.utc),
-    datetime(2026, 3, 8, 7, tzinfo=timezone.utc),
-    datetime(2026, 11, 1, 6, tzinfo=timezone.utc),
-    datetime(2026, 10, 25, 1, tzinfo=timezone.utc),
-    datetime(2026, 12, 31, 23, 59, 59, 999_999, tzinfo=timezone.utc),
-]
 COUNTS = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 
 
@@ -237,73 +229,11 @@ def test_impossible_questions(tmp_path: Path, by: str, zone: str) -> None:
 
     with pytest.raises(QueryError, match=r"'weather'.*key, tag, conversation|'Mars/Olympus'.*Europe/Berlin"):
         usage_report(store, by, zone=zone)
+    with pytest.raises(QueryError, match=r"limit=0 must be a whole number of rows"):
+        usage_report(store, "key", limit=0)
 
 
 NOW = datetime(2026, 11, 22, 20, 30, tzinfo=timezone.utc)
-PERIODS = [
-    ("days are whole", {"since": "2026-11-01", "until": "2026-11-30"}, "2026-11-01T00:00", "2026-12-01T00:00"),
-    ("one day", {"since": "2026-11-05", "until": "2026-11-05"}, "2026-11-05T00:00", "2026-11-06T00:00"),
-    ("times", {"since": "2026-11-01T10:00", "until": "2026-11-01 12:30:15"}, "2026-11-01T10:00", "2026-11-01T12:30:15"),
-    ("an offset wins", {"since": "2026-11-01T10:00+05:00"}, "2026-11-01T05:00", None),
-    ("Z is an offset", {"until": "2026-11-01T06:00Z"}, None, "2026-11-01T06:00"),
-    ("parts of a second", {"since": "2026-11-01T10:00:00.250"}, "2026-11-01T10:00:00.250", None),
-    ("today", {"since": "today"}, "2026-11-22T00:00", None),
-    ("until yesterday has it", {"since": "yesterday", "until": "yesterday"}, "2026-11-21T00:00", "2026-11-22T00:00"),
-    ("hours ago", {"since": "24h"}, "2026-11-21T20:30", None),
-    ("days ago", {"since": "7d", "until": "90min"}, "2026-11-15T20:30", "2026-11-22T19:00"),
-    ("weeks ago", {"since": "2w"}, "2026-11-08T20:30", None),
-    ("a month", {"month": "2026-11"}, "2026-11-01T00:00", "2026-12-01T00:00"),
-    ("the last month of a year", {"month": "2026-12"}, "2026-12-01T00:00", "2027-01-01T00:00"),
-    ("february", {"month": "2028-02"}, "2028-02-01T00:00", "2028-03-01T00:00"),
-    ("no period", {}, None, None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("given", "since", "until"), [case[1:] for case in PERIODS], ids=[case[0] for case in PERIODS])
-def test_period(given: dict[str, str], since: str | None, until: str | None) -> None:
-    """A period is what a person means by it."""
-
-    def utc(text: str | None) -> datetime | None:
-        return text and datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
-
-    options = {"since": None, "until": None, "month": None, **given}
-    assert period(**options, zone="UTC", now=NOW) == (utc(since), utc(until))
-
-
-def test_period_of_a_zone() -> None:
-    """Days, months and times without an offset are those of the zone, also where clocks change."""
-    kolkata = period("2026-11-01", "2026-11-01T06:00", None, "Asia/Kolkata", now=NOW)
-    sao_paulo = period("2018-11-04", "2018-11-04", None, "America/Sao_Paulo", now=NOW)
-    today = period("today", None, None, "Pacific/Auckland", now=NOW)
-
-    assert [moment and moment.isoformat() for moment in kolkata] == [
-        "2026-10-31T18:30:00+00:00",
-        "2026-11-01T00:30:00+00:00",
-    ]
-    assert sao_paulo[1] is not None
-    assert sao_paulo[0] is not None
-    assert sao_paulo[1] - sao_paulo[0] == timedelta(hours=23)
-    assert today[0] == datetime(2026, 11, 22, 11, tzinfo=timezone.utc)
-
-
-IMPOSSIBLE = [
-    {"since": "2026-02-30"}, {"until": "2026-13-01"}, {"since": "tomorrow"}, {"since": ""}, {"since": "7 days"},
-    {"since": "2026-11-01T25:00"}, {"since": "0000-01-01"}, {"until": "9999-12-31"}, {"since": "999999w"},
-    {"since": "2026-11-01T10:00+99:00"}, {"month": "2026-13"}, {"month": "november"}, {"month": "2026-1"},
-    {"month": "9999-12"}, {"since": "2026-11-02", "until": "2026-11-01"}, {"since": "1h", "until": "2h"},
-    {"month": "2026-11", "since": "today"}, {"since": "20261101"}, {"since": "２０２６-11-01"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("given", IMPOSSIBLE, ids=str)
-def test_impossible_period(given: dict[str, str]) -> None:
-    """A period that cannot be is an error with the value, and never a guess."""
-    options = {"since": None, "until": None, "month": None, **given}
-
-    with pytest.raises(QueryError) as caught:
-        period(**options, zone="Europe/Berlin", now=NOW)
-
-    assert "month" in given or any(repr(value) in str(caught.value) for value in given.values())
 
 
 def test_decimal_text() -> None:
@@ -354,3 +284,164 @@ def test_windows(tmp_path: Path) -> None:
     for by, wrong in (("day", "day"), ("key", "hour")):
         with pytest.raises(QueryError, match="window="):
             usage_report(store, by, window=wrong)
+
+
+# --- as a Python user asks --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own, without settings of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("SPRYNG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ledger(*recorded: Message, path: str = ".spryng/usage.db") -> None:
+    SqliteStore(path).record(recorded)
+
+
+QUESTIONS: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, []),
+    ({"by": "tag", "tags": "support"}, ["--by", "tag", "--tag", "support"]),
+    ({"by": "tag", "tags": ["support", "x"]}, ["--by", "tag", "--tag", "support", "--tag", "x"]),
+    ({"by": "day", "zone": "Asia/Kolkata"}, ["--by", "day", "--tz", "Asia/Kolkata"]),
+    ({"month": "2026-03", "zone": "Pacific/Chatham"}, ["--month", "2026-03", "--tz", "Pacific/Chatham"]),
+    ({"no_key": True}, ["--no-key"]),
+    ({"by": "conversation", "window": "month"}, ["--by", "conversation", "--window", "month"]),
+    ({"since": date(2026, 3, 1), "until": date(2026, 3, 1)}, ["--since", "2026-03-01", "--until", "2026-03-01"]),
+    ({"since": NOON, "until": "2026-03-01T18:00"}, ["--since", "2026-03-01T12:00Z", "--until", "2026-03-01T18:00"]),
+    ({"by": "model", "model": "gpt", "conversation": "c"}, ["--by", "model", "--model", "gpt", "--conversation", "c"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "options"), QUESTIONS, ids=[" ".join(case[1]) or "all" for case in QUESTIONS])
+def test_python_and_command_line_agree(here: Path, asked: dict[str, Any], options: list[str]) -> None:
+    """reports.usage() answers what `spryng usage` does, by the same words, of the same ledger."""
+    ledger(*(
+        message(timestamp=NOON + timedelta(hours=hours), key=key, conversation_id="c", tags=tags, response_model="gpt",
+                usage=Usage(input_tokens=hours + 1))
+        for hours in (-20, 0, 5, 30) for key in ("a", None) for tags in (("support", "x"), ("support",), ())
+    ))  # fmt: skip
+
+    assert reports.usage(**asked).as_json() == json.loads(run("usage", "--json", *options))
+
+
+def test_messages_and_conversations(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one, newest first, over pages of any length; costs are there."""
+    monkeypatch.setattr(reports, "PAGE", 2)
+    sent = [
+        message(timestamp=NOON + timedelta(minutes=number), key="a", conversation_id=f"c-{number % 3}",
+                usage=Usage(input_tokens=1), response_model="gpt")
+        for number in range(5)
+    ]  # fmt: skip
+    ledger(*sent, message(key="b"))
+
+    found = list(reports.messages(key="a"))
+
+    assert [row.message for row in found] == sent[::-1]
+    assert all(row.cost_usd == price(row.message) for row in found)
+    assert [row.usage.group for row in reports.conversations(key="a")] == ["c-2", "c-1", "c-0"]
+    assert sum(row.usage.messages for row in reports.conversations()) == 5
+    assert list(reports.messages(key="nobody")) == list(reports.conversations(key="nobody")) == []
+
+
+def test_another_ledger(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SPRYNG_DESTINATION names the ledger, an argument wins over it; one that is not there is said at once."""
+    ledger(message(key="env"), path="env.db")
+    ledger(message(key="argument"), path="argument.db")
+    monkeypatch.setenv("SPRYNG_DESTINATION", "sqlite:///env.db")
+
+    assert [row.group for row in reports.usage().rows] == ["env"]
+    assert [row.group for row in reports.usage(destination="sqlite:///argument.db").rows] == ["argument"]
+    with pytest.raises(StoreError, match=r"there is no ledger at .*none\.db"):
+        reports.messages(destination="sqlite:///none.db")
+    with pytest.raises(SettingsError, match="takes messages, but cannot be read from here"):
+        reports.usage(destination="https://usage.example.com")
+    with pytest.raises(QueryError, match="key='a' and no_key=True exclude each other"):
+        reports.usage(key="a", no_key=True)
+
+
+def test_what_waits_is_in_the_figures(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dead process left in the journal is delivered first; where that fails, a warning says so."""
+    for number in range(2):
+        journal = Journal(here / ".spryng" / "usage.db.journal", memory_limit=0, wake=lambda: None)
+        journal.append(encode(message(key="late")) + b"\n")
+        journal.seal()
+        journal.close()
+        if number:
+            monkeypatch.setattr("spryng_instrument.ledger.deliver_orphans", failing)
+            with pytest.warns(UserWarning, match=r"are not in these figures: it is locked") as seen:
+                assert reports.usage().total.messages == 1
+            assert seen[0].filename == __file__
+        else:
+            assert reports.usage().total.messages == 1
+
+
+def failing(*args: object, **more: object) -> None:
+    raise StoreError("it is locked")
+
+
+def test_a_report_shows_itself(here: Path) -> None:
+    """At a prompt as a table, in a notebook as HTML: what, when and whose days, "at least", and what is missing."""
+    ledger(
+        message(key="<b>acme</b>", response_model="gpt", usage=Usage(input_tokens=1000)),
+        message(response_model="unpriced", usage=Usage(input_tokens=5)),
+    )
+    report = reports.usage(since="2026-03-01", zone="Asia/Kolkata")
+
+    first, *lines = str(report).splitlines()
+    html = report._repr_html_()
+
+    assert first.startswith("Usage by key from 2026-03-01 00:00 (Asia/Kolkata): 2 messages, at least 0.00340")
+    assert [line.split()[:2] for line in lines[1:4]] == [["(no", "key)"], ["<b>acme</b>", "1"], ["total", "2"]]
+    assert repr(report) == str(report)
+    assert "&lt;b&gt;acme&lt;/b&gt;" in html
+    assert "<b>acme" not in html
+    assert f'<caption style="text-align:left">{escape(first)}</caption>' in html
+    assert all("no price for unpriced." in shown for shown in (html, lines[-2]))
+
+
+def test_a_long_report_is_shown_in_part(here: Path) -> None:
+    """A notebook shows the first rows, the total of all, and how many more there are; printing shows all."""
+    ledger(*(message(key=f"customer-{number:04}") for number in range(reports.SHOWN + 3)))
+    report = reports.usage()
+
+    for shown in (repr(report), report._repr_html_()):
+        assert f"customer-{reports.SHOWN - 1:04}" in shown
+        assert f"customer-{reports.SHOWN:04}" not in shown
+        assert "3 rows more: print the report, or take its rows." in shown
+        assert f"{reports.SHOWN + 3} messages" in shown
+    assert f"customer-{reports.SHOWN + 2:04}" in str(report)
+
+
+def test_records_are_for_dataframes(here: Path) -> None:
+    """A dictionary a row: numbers are numbers, costs Decimal, None where there is nothing."""
+    ledger(message(response_model="gpt", usage=Usage(input_tokens=1000)), message(key="acme"))
+
+    free, none = reports.usage().records()
+
+    assert (free["key"], free["input_tokens"], free["cost_usd"]) == (None, 1000, Decimal("0.003408334333"))
+    assert (none["key"], none["messages"], none["cost_usd"]) == ("acme", 1, None)
+    assert list(free) == reports.usage().columns
+
+
+def test_a_trend_has_every_day(here: Path) -> None:
+    """A count for each day of the zone, up to the newest message's, none for a day without; the total counts once."""
+    ledger(
+        message(timestamp=NOON - timedelta(days=3), key="a", tags=("x", "y")),
+        message(timestamp=NOON, key="a", tags=("x",)),
+        message(timestamp=NOON + timedelta(hours=9), key="b"),
+    )
+    store = SqliteStore(".spryng/usage.db")
+
+    utc = reports.trend(store, "tag", Filter(), "UTC", 30)
+    kolkata = reports.trend(store, "key", Filter(), "Asia/Kolkata", 2)
+
+    assert utc.days == ("2026-02-26", "2026-02-27", "2026-02-28", "2026-03-01")
+    assert utc.counts == {(None, "x"): [1, 0, 0, 1], (None, "y"): [1, 0, 0, 0], (None, None): [0, 0, 0, 1]}
+    assert utc.total == [1, 0, 0, 2]
+    assert (kolkata.days, kolkata.counts) == (("2026-03-01", "2026-03-02"), {(None, "a"): [1, 0], (None, "b"): [0, 1]})
+    assert reports.trend(store, "key", Filter(since=NOON), "UTC", 30).days == ("2026-03-01",)
+    assert reports.trend(store, "key", Filter(key="nobody"), "UTC", 30).days == ()
