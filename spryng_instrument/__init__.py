@@ -15,14 +15,16 @@ from spryng_instrument.context import tracked, usage_context
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any, Literal
 
     from spryng_instrument import errors
     from spryng_instrument.recorder import Stats, flush, stats, track_usage
+    from spryng_instrument.spending import BudgetReached
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetReached",
     "Stats",
     "errors",
     "flush",
@@ -48,6 +50,8 @@ def instrument(
     exit_timeout_s: float | None = None,
     memory_limit: int | None = None,
     threads: bool | None = None,
+    budgets: str | os.PathLike[str] | None = None,
+    on_budget: Literal["raise", "warn"] | Callable[[BudgetReached], object] | None = None,
 ) -> None:
     """Record every OpenAI call of this process from now on, of clients made before and after.
 
@@ -70,6 +74,10 @@ def instrument(
         memory_limit: messages held in memory while the journal's disk takes none. Default: 10,000.
         threads: have every Thread and ThreadPoolExecutor carry the usage_context of whoever starts it. Default: False;
             integrations.executors says when that is right, and has carry() for a single executor.
+        budgets: TOML file of how much each customer may use. Default: none.
+        on_budget: what a call does that a budget with hard = true has no room for: "raise" BudgetExceeded before it is
+            sent (default), "warn" once a period, or a function of a BudgetReached, which may return to let the call
+            through, or raise what the caller is to get.
 
     Raises:
         SettingsError: one of them cannot be used; the message has the value and what to do.
@@ -92,6 +100,10 @@ def __getattr__(name: str) -> Any:
         from spryng_instrument import recorder
 
         return getattr(recorder, name)
+    if name == "BudgetReached":
+        from spryng_instrument import spending
+
+        return spending.BudgetReached
     if name == "errors":
         from importlib import import_module
 

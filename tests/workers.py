@@ -32,7 +32,10 @@ import openai._base_client as base
 
 import spryng_instrument
 from spryng_instrument import recorder as recording
-from spryng_instrument.errors import StoreError
+from spryng_instrument import spending
+from spryng_instrument.alerts import Alerts
+from spryng_instrument.budgets import budget_states, read_budgets
+from spryng_instrument.errors import BudgetExceeded, StoreError
 from spryng_instrument.message import Message, Usage, new_id
 from spryng_instrument.pump import deliver_orphans
 from spryng_instrument.store.sqlite import SqliteStore
@@ -455,6 +458,108 @@ def create_many(folder: Path, *, processes: int, rounds: int) -> None:
 
         ended += [ended_well(pid) for pid in [forked(one) for _ in range(processes)]]
     say(ended=ended)
+
+
+# --- budgets
+
+
+def until_refused(folder: Path, *, pause_s: float = 0.02, key: str = "acme") -> list[tuple[float, float]]:
+    """Call until a budget refuses. Returns when each call had returned, and when the ledger was read before it."""
+    assert recording.active is not None
+    assert recording.active.budgets is not None
+    sdk, calls = client(), []
+    with spryng_instrument.usage_context(key), suppress(BudgetExceeded):
+        while True:
+            read_at = recording.active.budgets._read_at or time.monotonic()
+            read = time.time() - (time.monotonic() - read_at)
+            sdk.chat.completions.create(**ASK)
+            calls.append((time.time(), read))
+            time.sleep(pause_s)
+    return calls
+
+
+def budget_fork(folder: Path) -> None:
+    """A process that has used 2 of 10, and goes on calling for another customer, forks; children call until refused."""
+    spending.REFRESH_S = 0.05
+    instrument(folder, budgets=str(folder / "budgets.toml"))
+    sdk = client()
+    with spryng_instrument.usage_context("acme"):
+        for _ in range(2):
+            sdk.chat.completions.create(**ASK)
+    stop = threading.Event()
+
+    def calling() -> None:
+        with spryng_instrument.usage_context("other"):
+            while not stop.wait(0.001):
+                sdk.chat.completions.create(**ASK)
+
+    def read(messages: int) -> bool:
+        ours = recording.active.budgets if recording.active is not None else None
+        assert ours is not None
+        return any(row.messages == messages for answer in list(ours._answers.values()) for row in answer.values())
+
+    thread = threading.Thread(target=calling)
+    thread.start()
+    ended = []
+    for number in range(3):
+        while not read(10 if number else 2):  # of this process, or the child would begin with an older reading
+            time.sleep(0.02)
+
+        def child(number: int = number) -> None:
+            calls = until_refused(folder)
+            (folder / f"child{number}").write_text(str(len(calls)))
+            assert "spryng-budgets" in [each.name for each in threading.enumerate()]
+            assert spryng_instrument.flush(20)
+
+        ended.append(ended_well(forked(child)))
+    stop.set()
+    thread.join()
+    say(ended=ended, sent=[int((folder / f"child{number}").read_text()) for number in range(3)])
+
+
+def budget_share(folder: Path, *, processes: int) -> None:
+    """Processes share a budget, each calling until it is refused."""
+    spending.REFRESH_S = 0.2
+
+    def work(number: int) -> None:
+        instrument(folder, budgets=str(folder / "budgets.toml"), beat_s=0.05)
+        (folder / f"calls{number}").write_text(json.dumps(until_refused(folder, pause_s=0.03)))
+        assert spryng_instrument.flush(20)
+
+    def one(number: int) -> int:
+        return forked(lambda: work(number))
+
+    ended = [ended_well(pid) for pid in [one(number) for number in range(processes)]]
+    say(ended=ended, calls=[json.loads((folder / f"calls{number}").read_text()) for number in range(processes)])
+
+
+def budget_alerts(folder: Path, *, processes: int, calls: int) -> None:
+    """Processes reach the thresholds of a budget at the same moment, and go on until each alert was told."""
+    spending.REFRESH_S = 0.05
+
+    def work() -> None:
+        instrument(folder, budgets=str(folder / "budgets.toml"))
+        sdk = client()
+        with spryng_instrument.usage_context("acme"):
+            for _ in range(calls):
+                sdk.chat.completions.create(**ASK)
+            store = SqliteStore(ledger_of(folder))
+            while len(store.records("alert.sent")) < 3:
+                time.sleep(0.02)
+        assert spryng_instrument.flush(20)
+        spryng_instrument.uninstrument()
+
+    say(ended=[ended_well(pid) for pid in [forked(work) for _ in range(processes)]])
+
+
+def budget_die(folder: Path) -> None:
+    """Append the alerts of a budget that is reached, and end before any is posted."""
+    budgets = read_budgets(str(folder / "budgets.toml"))
+    store = SqliteStore(ledger_of(folder))
+    now = datetime.now(timezone.utc)
+    store.record([Message(new_id(), now, "custom", key="acme")])
+    Alerts(store, budgets).look(budget_states(store, budgets.budgets, now), now)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def lines_of(folder: Path) -> Iterator[str]:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from datetime import date, datetime, timezone
+from decimal import Decimal
 
 from typing_extensions import assert_type
 
 import spryng_instrument
-from spryng_instrument import Stats, flush, instrument, stats, track_usage, tracked, uninstrument, usage_context
+from spryng_instrument import (
+    BudgetReached,
+    Stats,
+    flush,
+    instrument,
+    reports,
+    stats,
+    track_usage,
+    tracked,
+    uninstrument,
+    usage_context,
+)
 from spryng_instrument.errors import SpryngError, UsageError
 
 instrument()
@@ -18,8 +31,18 @@ instrument(
     on_missing_key="raise",
     capture_query=True,
     include_usage_hosts=["gateway.example.com"],
+    budgets="budgets.toml",
+    on_budget="warn",
 )
 instrument(on_missing_key="explode")  # type: ignore[arg-type]
+instrument(on_budget="explode")  # type: ignore[arg-type]
+
+
+def on_budget(reached: BudgetReached) -> None:
+    assert_type(reached.key, str | None)
+
+
+instrument(on_budget=on_budget)
 uninstrument()
 
 with usage_context("acme") as scope:
@@ -65,3 +88,12 @@ assert_type(stats(), Stats)
 assert_type(stats().waiting, int)
 error: type[SpryngError] = UsageError
 version: str = spryng_instrument.__version__
+
+report = reports.usage(by="key", month="2026-11", zone="Europe/Berlin")
+assert_type(report, reports.UsageReport)
+assert_type(report.total.cost_usd, Decimal | None)
+for row in reports.messages(key="acme", tags=["a"], since=date(2026, 11, 1), destination="sqlite:///usage.db"):
+    assert_type(row.message.key, str | None)
+for conversation in reports.conversations(until=datetime(2026, 11, 1, 12, tzinfo=timezone.utc)):
+    assert_type(conversation.usage.messages, int)
+reports.usage(bye="key")  # type: ignore[call-arg]
