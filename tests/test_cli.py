@@ -196,7 +196,9 @@ def test_csv_and_json() -> None:
         "(no key),1,0,0,0,0,1,1000,0,200,0,\n"
         "acme,1,0,0,0,0,0,1000,0,200,0,0.5\n"
     )
-    assert list(as_json) == ["by", "zone", "since", "until", "rows", "total", "cost_is_at_least", "unpriced_models"]
+    assert list(as_json) == [
+        "by", "zone", "since", "until", "rows", "more", "total", "voided", "cost_is_at_least", "unpriced_models"
+    ]  # fmt: skip
     assert [row["key"] for row in as_json["rows"]] == [None, "acme"]
     assert as_json["total"]["cost_usd"] == "0.5"
     assert as_json["total"]["input_tokens"] == 2000
@@ -214,6 +216,29 @@ def test_by_conversation_says_whose() -> None:
         ("acme", "c"),
         ("zoe", "c"),
     ]
+
+
+def test_many_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """People and JSON get those that cost the most, and are told that there are more; CSV without a limit has all."""
+    record(*(a(number % 7, conversation_id=f"c{number}", key=f"k{number % 3}") for number in range(1005)))
+    record(a(conversation_id="c3", key="k0"))
+
+    few = json.loads(spryng("usage", "--by", "conversation", "--limit", "1", "--json").stdout)
+    usual = spryng("usage", "--by", "conversation", "--json")
+    all_of_them = spryng("usage", "--by", "conversation", "--format", "csv")
+    some = spryng("usage", "--by", "conversation", "--format", "csv", "--limit", "2")
+
+    assert [(row["conversation"], row["messages"], few["more"]) for row in few["rows"]] == [("c3", 2, True)]
+    assert len(json.loads(usual.stdout)["rows"]) == 1000
+    assert few["total"] == json.loads(usual.stdout)["total"]
+    assert few["total"]["messages"] == 1006
+    assert "There are more than these 1,000 rows, which cost the most; the total is of all." in usual.stderr
+    rows = list(csv.DictReader(io.StringIO(all_of_them.stdout)))
+    assert (len(rows), sum(int(row["messages"]) for row in rows), all_of_them.stderr) == (1005, 1006, "")
+    monkeypatch.setattr("spryng_instrument.reports.AT_A_TIME", 100)  # beyond it, one customer's at a time
+    assert spryng("usage", "--by", "conversation", "--format", "csv").stdout == all_of_them.stdout
+    assert (len(some.stdout.splitlines()), "There are more than these 2 rows" in some.stderr) == (3, True)
+    assert json.loads(spryng("usage", "--limit", "3", "--json").stdout)["more"] is False
 
 
 def test_days_are_those_of_the_zone() -> None:
@@ -423,7 +448,14 @@ class Tail:
 
     def __init__(self, *args: str) -> None:
         command = [sys.executable, "-m", "spryng_instrument", "tail", "--interval", "0.05", *args]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Ctrl-C ends it, also where the tests run in the background of a shell, which ignores that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         assert self.process.stdout is not None
         self.stdout = self.process.stdout
 
@@ -546,6 +578,56 @@ def test_a_narrow_terminal_cuts_nothing_off() -> None:
     assert "123,456,789,012" in piped
 
 
+def test_important_columns_stay() -> None:
+    """A long key is folded before counts are left out; counts go strictly by their importance."""
+    record(a(key="a-customer-with-quite-a-long-name-gmbh-und-co-kg", usage=Usage(input_tokens=123_456_789)))
+
+    shown = terminal(60, "usage", NO_COLOR="1").splitlines()
+
+    assert shown[0].split() == ["key", "messages", "output", "cost", "USD"]
+    assert [line for line in shown if line.startswith("left out")] == [
+        "left out on this narrow terminal: conversations, errors, input, cached"
+    ]
+
+
+@pytest.mark.parametrize("by", ["key", "conversation"])
+def test_a_trend_where_there_is_room(by: str) -> None:
+    """On a wide terminal a row shows its days; a narrow one says nothing of it, and a pipe has the plain table."""
+    record(
+        *(a(60 * 24 * day, tags=("x",), conversation_id="c") for day in (0, 2, 2, 2, 2)),
+        a(60 * 24, key="zoe", tags=("y",), conversation_id="d", response_model="other"),
+    )
+
+    wide = terminal(160, "usage", "--by", by, NO_COLOR="1").splitlines()
+    narrow = terminal(80, "usage", "--by", by, NO_COLOR="1")
+
+    assert wide[0].endswith("  3 days to 11-23")
+    assert [line[len(wide[0]) - 15 :] for line in wide[1:4]] == ["▂ █", " █", "▂▂█"]
+    assert "days to" not in narrow
+    assert "█" not in narrow + process("usage", "--by", by).stdout
+    assert "days to" not in terminal(160, "usage", "--by", by, PYTHONIOENCODING="ascii")
+
+
+def test_a_trend_needs_two_days() -> None:
+    """One day is no trend."""
+    record(a(), a(1))
+
+    assert "days to" not in terminal(160, "usage", NO_COLOR="1")
+
+
+def test_bars_by_day() -> None:
+    """By day or month a bar shows the share: of the costs, or of the messages where a cost is unknown."""
+    prices.rate(record(a(), a(60 * 24), a(60 * 24 + 1)))
+    by_cost = terminal(160, "usage", "--by", "day", NO_COLOR="1").splitlines()
+    record(a(60 * 24 * 2, response_model="new"))
+    by_messages = terminal(160, "usage", "--by", "day", NO_COLOR="1").splitlines()
+
+    assert by_cost[0].endswith("  by cost")
+    assert [line.count("█") for line in by_cost[1:4]] == [20, 40, 0]
+    assert by_messages[0].endswith("  by messages")
+    assert "by cost" not in process("usage", "--by", "day").stdout
+
+
 def test_head_is_no_error() -> None:
     """A reader that goes away early leaves no traceback and no failure."""
     record(*(a(minute) for minute in range(3000)))
@@ -564,6 +646,7 @@ def test_help_and_version() -> None:
     assert "spryng, version" in process("--version").stdout
     for command in ("usage", "messages", "tail", "doctor", "demo"):
         assert spryng(command, "--help").exit_code == 0
+    assert "..." not in spryng("--help").stdout.split("Commands:")[1]
     assert "Exit code 3" in spryng("doctor", "--help").stdout
 
 
@@ -751,6 +834,35 @@ def test_doctor_proves_losses() -> None:
     assert any("2 messages of process w are lost" in problem for problem in found["problems"])
 
 
+def test_doctor_of_many_short_lived_processes() -> None:
+    """However many processes lost something, ten are told of, those that lost the most; JSON counts each."""
+    record(*(a(writer=f"w{number:03}", sequence=number + 2) for number in range(30)))
+
+    code, found = examined()
+
+    assert (code, found["lost"]) == (3, {f"w{number:03}": number + 1 for number in range(30)})
+    assert [problem.split(" are lost")[0] for problem in found["problems"]] == [
+        *(f"{number + 1} messages of process w{number:03}" for number in reversed(range(20, 30))),
+        "210 messages of 20 more processes",
+    ]
+
+
+def test_doctor_counts_losses_however_many() -> None:
+    """A sender that numbers as it likes costs no more memory than it has messages; what waits in the journal is none of
+    the losses, wherever its number lies."""
+    record(a(writer="w", sequence=10**12), a(1, writer="w", sequence=4))
+    journal = Journal(Path(".spryng/usage.db.journal"), memory_limit=0, wake=lambda: None)
+    for number in (1, 4, 9, 10**12 - 1, 10**12, 10**13, None):
+        journal.append(encode(a(2, writer="w", sequence=number)) + b"\n")
+    try:
+        code, found = examined()
+    finally:
+        journal.close()
+
+    assert (code, found["lost"], found["waiting"]) == (3, {"w": 10**12 - 2 - 3}, 7)
+    assert any("999,999,999,995 messages of process w are lost" in problem for problem in found["problems"])
+
+
 def test_doctor_delivers_and_finds_what_was_set_aside() -> None:
     """Orphans are delivered; a corrupt line among them is named, with its file."""
     leave(Path(".spryng/usage.db.journal"), a(writer="w", sequence=1))
@@ -807,6 +919,9 @@ def test_doctor_finds_an_unwritable_journal(here: Path) -> None:
 def test_doctor_names_what_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An SDK that can do more than this version knows is named, with what to do; it is no failure of the check."""
     monkeypatch.setattr("spryng_instrument.surface._is_known", lambda name: name != "POST /embeddings")
+    assert examined()[1]["uncounted"] == []  # of an SDK that our tests have walked, that is known
+
+    monkeypatch.setattr("spryng_instrument.surface.WALKED", (1, 2))
     code, found = examined()
     assert code == 0
     assert found["uncounted"] == ["POST /embeddings"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from spryng_instrument.cli.autorun import FOLDER, environment
-from spryng_instrument.cli.ledger import deliver_waiting
+from spryng_instrument.ledger import deliver_waiting
 from spryng_instrument.settings import resolve
 from spryng_instrument.store.sqlite import SqliteStore
 from spryng_instrument.testing import PracticeServer

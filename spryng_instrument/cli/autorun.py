@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from spryng_instrument.cli.ledger import settings_of
 from spryng_instrument.errors import SettingsError
+from spryng_instrument.ledger import settings_of
 from spryng_instrument.settings import MISSING_KEY_POLICIES, env_name
 
 FOLDER = str(Path(__file__).resolve().parent / "autoload")

@@ -125,6 +125,7 @@ def run(*, live: bool, calls: int | None, destination: str | None) -> int:
     option = "" if usual else f" --destination {shlex.quote(destination or DESTINATION)}"
     for command in ("usage --by model", "messages", "doctor"):
         note(f"Next: spryng {command}{option}")
+    note(f"In a browser, at http://127.0.0.1:8321: spryng serve{option}")
     return 0
 
 

@@ -10,7 +10,9 @@ import platform
 import tempfile
 import time
 import warnings
+from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,12 +23,13 @@ import click
 import msgspec
 
 from spryng_instrument import __version__
-from spryng_instrument.cli.ledger import deliver_waiting, open_ledger
 from spryng_instrument.cli.tables import many, printable
 from spryng_instrument.deferred import Deferred
 from spryng_instrument.errors import SettingsError, StoreError
 from spryng_instrument.journal import SUFFIX, aside_lines, count_lines
+from spryng_instrument.ledger import deliver_waiting, open_ledger
 from spryng_instrument.message import decode
+from spryng_instrument.pricelist import DEFAULT_FILE
 from spryng_instrument.prices import price_source, rate
 from spryng_instrument.settings import Settings, sqlite_path, without_secrets
 from spryng_instrument.store import open_destination
@@ -85,6 +88,7 @@ class Examination:
             "warnings": self.warnings,
             "versions": self.versions,
             "seams": self.seams,
+            "prices": price_source().version,
             "destination": without_secrets(self.settings.destination),
             "ledger": self.ledger,
             "journal": self.settings.journal,
@@ -104,6 +108,7 @@ class Examination:
         found = {True: "found", False: "MISSING"}
         _facts("versions", [f"{name} {number or 'not installed'}" for name, number in self.versions.items()])
         _facts("instruments", [f"{name}: {found[there]}" for name, there in self.seams.items()])
+        _facts("prices", [price_source().version or "none"])
         _facts("ledger", [f"{without_secrets(self.settings.destination)} ({self.ledger})"])
         _facts("journal", [self.settings.journal])
         lost = sum(self.lost.values())
@@ -135,7 +140,7 @@ def examine(settings: Settings) -> Examination:
                 f"this openai has no {name}: calls through it are not recorded. Upgrade spryng-instrument, or install "
                 "an openai that it knows"
             )
-    examination.uncounted = _uncounted()
+    examination.uncounted = _uncounted(examination.versions["openai"])
     if examination.uncounted:
         examination.warnings.append(
             "this openai can do what is not counted: " + ", ".join(examination.uncounted) + ". A newer version may: "
@@ -227,14 +232,22 @@ def _examine_ledger(examination: Examination) -> None:
     if local:
         examination.lost = missing
     elif missing:
+        more = f" and {len(missing) - LISTED:,} more" if len(missing) > LISTED else ""
         examination.warnings.append(
-            f"{many(sum(missing.values()), 'message')}, numbered by {', '.join(missing)}, neither in the ledger nor in "
-            "this machine's journal. They may wait in another machine's: `spryng push` there. What none has is lost"
+            f"{many(sum(missing.values()), 'message')}, numbered by {', '.join(list(missing)[:LISTED])}{more}, neither "
+            "in the ledger nor in this machine's journal. They may wait in another machine's: `spryng push` there. "
+            "What none has is lost"
         )
-    for writer, count in examination.lost.items():
+    most = sorted(examination.lost.items(), key=lambda each: -each[1])
+    for writer, count in most[:LISTED]:
         examination.problems.append(
             f"{many(count, 'message')} of process {writer} {'is' if count == 1 else 'are'} lost: numbered by it, and "
             "neither ledger nor journal has it. Its journal was deleted, or its disk was full; its log says when"
+        )
+    if len(most) > LISTED:
+        rest = [count for _, count in most[LISTED:]]
+        examination.problems.append(
+            f"{many(sum(rest), 'message')} of {len(rest):,} more processes are lost as well: `lost` in --json has all"
         )
     if unattributed := sum(count for _, count in health.unattributed):
         examination.warnings.append(
@@ -246,7 +259,7 @@ def _examine_ledger(examination: Examination) -> None:
     elif unpriced := sum(count for _, count in health.unpriced):
         examination.warnings.append(
             f"{many(unpriced, 'message')} without a cost: {price_source().version} has no price for the models listed, "
-            "or not for their tier. A newer one may: pip install -U genai-prices"
+            f"or not for their tier. A newer one may: pip install -U genai-prices; or write your own in {DEFAULT_FILE}"
         )
 
 
@@ -255,18 +268,31 @@ def _lost(store: Store, health: Health, journal: Path) -> dict[str, int]:
     if not health.gaps:
         return {}
     waiting = _waiting_numbers(journal)
-    lost = {writer: set(store.missing(writer, last)) - waiting[writer] for writer, last, _ in health.gaps}
-    if any(lost.values()):
+    given = {writer: last for writer, last, _ in health.gaps}
+    lost = _counts(store.missing(given), waiting)
+    if lost:
         time.sleep(0.5)
-        for writer, last, _ in health.gaps:
-            lost[writer] -= _waiting_numbers(journal)[writer]
-            lost[writer] &= set(store.missing(writer, last))
-    return {writer: len(numbers) for writer, numbers in lost.items() if numbers}
+        for writer, numbers in _waiting_numbers(journal).items():
+            waiting[writer] |= numbers
+        lost = _counts(store.missing({writer: given[writer] for writer in lost}), waiting)
+    return lost
 
 
-def _waiting_numbers(journal: Path) -> defaultdict[str | None, set[int | None]]:
+def _counts(missing: Mapping[str, list[range]], waiting: Mapping[str | None, set[int]]) -> dict[str, int]:
+    counts = {writer: _count(numbers, waiting[writer]) for writer, numbers in missing.items()}
+    return {writer: count for writer, count in counts.items() if count}
+
+
+def _count(missing: list[range], waiting: set[int]) -> int:
+    """How many numbers are missing and do not wait. They may be more than any memory holds."""
+    starts = [numbers.start for numbers in missing]
+    found = sum(number in missing[bisect_right(starts, number) - 1] for number in waiting) if missing else 0
+    return sum(map(len, missing)) - found
+
+
+def _waiting_numbers(journal: Path) -> defaultdict[str | None, set[int]]:
     """The numbers of the messages in the journal, those set aside included: they are in trouble, but not lost."""
-    numbers: defaultdict[str | None, set[int | None]] = defaultdict(set)
+    numbers: defaultdict[str | None, set[int]] = defaultdict(set)
     for path in journal.glob(f"**/*{SUFFIX}"):
         try:
             lines = path.read_bytes().splitlines()
@@ -277,7 +303,8 @@ def _waiting_numbers(journal: Path) -> defaultdict[str | None, set[int | None]]:
                 message = decode(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 continue
-            numbers[message.writer].add(message.sequence)
+            if message.sequence is not None:
+                numbers[message.writer].add(message.sequence)
     return numbers
 
 
@@ -326,10 +353,12 @@ def _seams() -> dict[str, bool]:
         return {f"openai ({exc})": False}
 
 
-def _uncounted() -> list[str]:
+def _uncounted(openai: str | None) -> list[str]:
     """What the installed SDK can do, and this version does not count."""
     from spryng_instrument import surface
 
+    if openai is not None and surface.is_walked(openai):
+        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the SDK's own modules, as they are loaded
         try:

@@ -2,64 +2,76 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from datetime import tzinfo
-from typing import Any
+from decimal import Decimal
 
-from spryng_instrument.cli.tables import Column, decimals_for, many, money, note, print_csv, print_table, printable
-from spryng_instrument.message import Message, Usage
-from spryng_instrument.reports import UsageReport, label
-from spryng_instrument.store.base import ApiKey, StoredMessage, zone_of
+from spryng_instrument.cli.tables import note, print_table, room
+from spryng_instrument.periods import zone_of
+from spryng_instrument.reports import WINDOWS, UsageReport, label, trend
+from spryng_instrument.store.base import ApiKey, Store, StoredMessage
+from spryng_instrument.tables import GAP, Column, bar, money, printable, sparkline
+
+LEAST_PICTURE, MOST_BAR = 16, 40
+"""Cells of a column that draws."""
+MOST_DAYS = 30
+MOST_ROWS, MOST_MESSAGES = 50, 1_000_000
+"""What a trend is drawn of: it asks as much again as the report itself did."""
 
 
-def print_usage(report: UsageReport) -> None:
-    """The table for people."""
-    period_zone = f" ({report.zone})" if report.by in ("day", "month") else ""
-    columns = [
-        *([Column(f"{report.window} ({report.zone})")] if report.window else []),
-        *([Column("key", fold=True)] if report.by == "conversation" else []),
-        Column(f"{report.by}{period_zone}", fold=True),
-        Column("messages", True, 1),
-        Column("conversations", True, 6),
-        Column("errors", True, 5),
-        Column("input", True, 3),
-        Column("cached", True, 4),
-        Column("output", True, 2),
-        Column("cost USD", True),
-    ]
-    names = ("messages", "conversations", "errors", "input_tokens", "cached_tokens", "output_tokens")
-    decimals = decimals_for(report.total.cost_usd)
-    lines = [
-        [
-            *report.windows[index : index + 1],
-            *([label("key", row.key)] if report.by == "conversation" else []),
-            label(report.by, row.group),
-            *(f"{getattr(row, name):,}" for name in names),
-            money(row.cost_usd, row.unpriced, decimals),
-        ]
-        for index, row in enumerate([*report.rows, report.total])
-    ]
-    labels = len(columns) - len(names) - 1
-    lines[-1][: labels - bool(report.window)] = ["total", *[""] * (labels - 1)]
-    print_table(columns, lines[:-1], lines[-1])
+def print_usage(report: UsageReport, store: Store | None = None) -> None:
+    """The table for people; where a terminal has room, with a picture of it in the last column."""
+    table = report.table()
+    picture = _picture(report, store, table.width)
+    if picture is None:
+        print_table(table.columns, table.rows, table.total)
+        return
+    title, *cells = picture
+    rows = [[*row, cell] for row, cell in zip([*table.rows, table.total or ()], cells, strict=True)]
+    print_table([*table.columns, Column(title)], rows[:-1], rows[-1])
+
+
+def _picture(report: UsageReport, store: Store | None, width: int) -> list[str] | None:
+    """A column that draws each row of a report: its title, and a cell for each row and the total."""
+    available = room()
+    if available is None or not _can_show(sparkline([1, 2, 3, 4, 5, 6, 7, 8]) + bar(Decimal(1), Decimal(8), 1)):
+        return None
+    left = available - width - len(GAP)
+    if report.by in WINDOWS:
+        return _bars(report, min(left, MOST_BAR)) if left >= LEAST_PICTURE else None
+    if store is None or report.window or len(report.rows) > MOST_ROWS or report.total.messages > MOST_MESSAGES:
+        return None
+    if left < LEAST_PICTURE:
+        return None
+    found = trend(store, report.by, report.where, report.zone, min(left, MOST_DAYS))
+    if len(found.days) < 2:
+        return None
+    none = [0] * len(found.days)
+    rows = [sparkline(found.counts.get((row.key, row.group), none)) for row in report.rows]
+    return [f"{len(found.days)} days to {found.days[-1][5:]}", *rows, sparkline(found.total)]
+
+
+def _bars(report: UsageReport, width: int) -> list[str]:
+    """By cost, where all of it is known; else by messages."""
+    by_cost = not report.cost_is_at_least
+    amounts = [(row.cost_usd or Decimal(0)) if by_cost else Decimal(row.messages) for row in report.rows]
+    largest = max(amounts, default=Decimal(0))
+    return ["by cost" if by_cost else "by messages", *(bar(amount, largest, width) for amount in amounts), ""]
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def say_gaps(report: UsageReport) -> None:
     """Say, on stderr, what the figures of a report leave out."""
-    total = report.total
-    if report.by == "tag" and sum(row.messages for row in report.rows) > total.messages:
-        note("A message with several tags is in several rows; the total counts it once.")
-    if total.unpriced:
-        because = f" ({report.rated.reason})" if report.rated.reason else ""
-        note(
-            f"The cost of {many(total.unpriced, 'message')} is unknown{because}: "
-            f"no price for {', '.join(report.unpriced_models)}."
-        )
-    if total.unreported:
-        note(f"{many(total.unreported, 'message')} came without usage: counted, but with no tokens and no cost.")
-    if report.by == "key" and any(row.group is None for row in report.rows):
-        note("Calls outside any usage_context have no key; `spryng doctor` names their lines of code.")
+    for sentence in report.notes:
+        note(sentence)
 
 
 def print_messages(rows: Sequence[StoredMessage], zone: str) -> None:
@@ -69,13 +81,13 @@ def print_messages(rows: Sequence[StoredMessage], zone: str) -> None:
         Column("key", fold=True),
         Column("conversation", leave_out=6),
         Column("tags", leave_out=7),
-        Column("model", leave_out=3),
+        Column("model", leave_out=4),
         Column("operation", leave_out=8),
         Column("status"),
-        Column("input", True, 2),
-        Column("output", True, 1),
+        Column("input", True, 3),
+        Column("output", True, 2),
         Column("ms", True, 9),
-        Column("cost USD", True, 4),
+        Column("cost USD", True, 1),
     ]
     tz = zone_of(zone)
     print_table(
@@ -95,25 +107,6 @@ def print_messages(rows: Sequence[StoredMessage], zone: str) -> None:
             ]
             for row in rows
         ],
-    )
-
-
-def print_messages_csv(records: Sequence[dict[str, Any]]) -> None:
-    """CSV of `reports.message_record`s: tags and properties as JSON, a column for each count."""
-    plain = [name for name in (*Message.__struct_fields__, "cost_usd", "price_version") if name != "usage"]
-    counts = Usage.__struct_fields__
-    print_csv(
-        [*plain, *counts],
-        (
-            [
-                *(
-                    json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
-                    for value in (record[name] for name in plain)
-                ),
-                *((record["usage"] or {}).get(name) for name in counts),
-            ]
-            for record in records
-        ),
     )
 
 
