@@ -12,10 +12,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timezone
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import msgspec
@@ -24,18 +25,22 @@ from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from spryng_instrument import __version__
+from spryng_instrument.alerts import Alerts
 from spryng_instrument.api import MAX_MESSAGES, Batch, Result, Results, message_of
+from spryng_instrument.budgets import Budgets, budget_states, read_budgets
 from spryng_instrument.errors import ApiError, QueryError, StoreError
 from spryng_instrument.message import Message
 from spryng_instrument.prices import rate
 from spryng_instrument.server import metrics, reading
+from spryng_instrument.server.answers import Answers, Asking, BeingFound
 from spryng_instrument.server.bodies import Refused, read_body
 from spryng_instrument.server.committer import Committer
+from spryng_instrument.server.dashboard import routes as dashboard_routes
 from spryng_instrument.server.keys import KeyRing
 from spryng_instrument.server.openapi import document
 from spryng_instrument.settings import resolve
@@ -44,14 +49,21 @@ from spryng_instrument.store.base import Outcome, Receipt, Store
 from spryng_instrument.store.rows import is_same
 
 log = logging.getLogger("spryng_instrument")
+T = TypeVar("T")
 
 OPEN_VARIABLE = "SPRYNG_SERVE_OPEN"
 """Set by `spryng serve` where it listens on loopback only: while no key was ever made, none is asked for."""
 TIDY_EVERY_S = 10.0
+LOOK_AGAIN_S = 3600.0
+"""How long what another version of the prices had no price for is left alone."""
 READY_S = 1.0
 """How long an answer of /readyz holds: who asks it needs no key, and asking takes the ledger's lock."""
 READERS = 8
 """Questions that are answered at a time; others wait for them."""
+WAITING = 32
+"""Questions that may wait; more are answered with "later"."""
+FOUND_S = 5.0
+"""How long the ledger may take to say what a message is that was sent again."""
 _Handler = Callable[["Server", Request], Awaitable[Response]]
 
 
@@ -61,16 +73,27 @@ class Server:
     Args:
         store: the ledger.
         open_to_local: whether no key is asked for while none was ever made. Only for a server on loopback.
+        budgets: whose alerts it tells.
+
+    Raises:
+        SettingsError: they have a webhook, and no secret to sign with.
     """
 
-    def __init__(self, store: Store, *, open_to_local: bool = False) -> None:
+    def __init__(self, store: Store, *, open_to_local: bool = False, budgets: Budgets | None = None) -> None:
         self.store = store
         self.keys = KeyRing(store)
         self.committer = Committer(store)
+        self.answers = Answers()
+        self.dashboard = dashboard_routes.Dashboard(store)
         self._open_to_local = open_to_local
+        self._budgets = budgets
+        self._alerts = None if budgets is None else Alerts(store, budgets)
         # Questions have threads of their own: however many and slow they are, messages are taken.
         self._readers = anyio.CapacityLimiter(READERS)
-        self._one = anyio.CapacityLimiter(1)
+        self._reading = anyio.CapacityLimiter(READERS)  # threads of those who have their turn: it never makes them wait
+        self._finders = anyio.CapacityLimiter(2)
+        self._key_readers = anyio.CapacityLimiter(1)
+        self._lookers = anyio.CapacityLimiter(1)
         self._ready: tuple[float, StoreError | None] = (-READY_S, None)
         self._said_at = -1.0
         self._stop = threading.Event()
@@ -82,14 +105,8 @@ class Server:
         Raises:
             Refused: it has none.
         """
-        if not self.keys.fresh:
-            await anyio.to_thread.run_sync(self.keys.refresh, limiter=self._one)
-        if self._open_to_local and self.keys.empty:
-            # A page in a browser on this machine can have a name of its own resolve to loopback.
-            hosts = request.headers.getlist("host")
-            host = re.fullmatch(r"([\w.-]+|\[[\w:]+\])(:\d*)?", hosts[0]) if len(hosts) == 1 else None
-            if host is None or not is_loopback(host[1]):
-                raise Refused(403, "Host", f"{', '.join(hosts)!r} is not this machine; make a key: spryng keys create")
+        if await self.is_open():
+            self.check_host(request)
             return
         key = self.keys.find(request.headers.get("authorization"))
         if key is None:
@@ -100,10 +117,74 @@ class Server:
         if scope not in key.scopes:
             raise Refused(403, "Authorization", f"this key has the scope {' and '.join(key.scopes)}, not {scope}")
 
+    async def is_open(self) -> bool:
+        """Whether nobody is asked for a key: none was made, and only this machine can reach the server."""
+        if self.keys.fresh:
+            self.keys.refresh_soon()
+        else:
+            await anyio.to_thread.run_sync(self.keys.refresh, limiter=self._key_readers)
+        return self._open_to_local and self.keys.empty
+
+    def check_host(self, request: Request) -> None:
+        """Let a request through that was meant for this machine, where no key is asked for.
+
+        Raises:
+            Refused: a page in a browser on this machine had a name of its own resolve to loopback.
+        """
+        hosts = request.headers.getlist("host")
+        host = re.fullmatch(r"([\w.-]+|\[[\w:]+\])(:\d*)?", hosts[0]) if len(hosts) == 1 else None
+        if host is None or not is_loopback(host[1]):
+            raise Refused(403, "Host", f"{', '.join(hosts)!r} is not this machine; make a key: spryng keys create")
+
+    def check_room(self) -> None:
+        """Let a question wait for a reader.
+
+        Raises:
+            Refused: too many do.
+        """
+        waiting = self._readers.statistics().tasks_waiting
+        if waiting >= WAITING:
+            text = f"is busy: {waiting} questions wait for an answer; try again"
+            raise Refused(503, "server", text, {"Retry-After": "2"})
+
+    async def read(self, question: Callable[[], T], request: Request | None = None) -> T:
+        """Answer a question in a thread of the readers.
+
+        Args:
+            request: who asks, if nothing more is to be read from it: it may have gone when its turn comes.
+
+        Raises:
+            Refused: it has.
+        """
+        async with self._readers:
+            if request is not None and await request.is_disconnected():
+                raise Refused(408, "client", "has hung up")
+            return await anyio.to_thread.run_sync(question, limiter=self._reading)
+
+    async def find(self, question: Callable[[], T], answers: Asking, request: Request) -> T:
+        """The same. While another request finds what is asked for, it does not take the place of a reader."""
+        while True:
+            try:
+                return await self.read(question, request)
+            except BeingFound as exc:
+                await answers.wait_for(exc)
+
     async def ask(self, question: Callable[[Store, QueryParams], Response], request: Request) -> Response:
         """Answer a question of somebody who may read."""
         await self.authorize(request, "read")
-        return await anyio.to_thread.run_sync(question, self.store, request.query_params, limiter=self._readers)
+        self.check_room()
+        return await self.read(lambda: question(self.store, request.query_params), request)
+
+    async def csv(self, parts: Iterator[str]) -> Response:
+        """A file that is read and sent a part at a time, however large it is."""
+        first = await self.read(lambda: next(parts))
+        return StreamingResponse(self._parts(first, parts), media_type="text/csv; charset=utf-8")
+
+    async def _parts(self, first: str, parts: Iterator[str]) -> AsyncIterator[str]:
+        part: str | None = first
+        while part is not None:
+            yield part
+            part = await self.read(lambda: next(parts, None))
 
     async def ready(self) -> None:
         """Whether the ledger takes messages.
@@ -111,7 +192,7 @@ class Server:
         Raises:
             StoreError: it does not.
         """
-        await anyio.to_thread.run_sync(self._look, limiter=self._one)
+        await anyio.to_thread.run_sync(self._look, limiter=self._lookers)
         _, problem = self._ready
         if problem is not None:
             raise problem
@@ -141,7 +222,8 @@ class Server:
             if outcome == "conflict" and not own_time
         ]
         if doubtful:
-            known = await anyio.to_thread.run_sync(self.store.found, doubtful, limiter=self._readers)
+            find = partial(self.store.found, doubtful, timeout_s=FOUND_S)
+            known = await anyio.to_thread.run_sync(find, limiter=self._finders)
 
             def outcome_of(message: Message, own_time: bool, outcome: Outcome) -> Outcome:
                 first = known.get(message.id)
@@ -157,20 +239,32 @@ class Server:
     def close(self) -> None:
         """Record what was accepted, and let go of the store."""
         self._stop.set()
+        if self._alerts is not None:
+            self._alerts.close()
         self.committer.close()
         self.store.close()
 
     def _tidy(self) -> None:
-        """Set costs and sum up as messages come, so that no question has to wait for what was left to do."""
+        """Set costs and sum up as messages come, so that no question has to wait; and tell of budgets."""
+        again_at = 0.0
         while not self._stop.wait(TIDY_EVERY_S):
             try:
-                rate(self.store)
-                while self.store.roll_up() and not self._stop.is_set():
+                again = time.monotonic() >= again_at
+                if rate(self.store, within_s=TIDY_EVERY_S, again=again).reason is None and again:
+                    again_at = time.monotonic() + LOOK_AGAIN_S
+                until = time.monotonic() + TIDY_EVERY_S
+                while time.monotonic() < until and not self._stop.is_set() and self.store.roll_up():
                     pass
+                if self._alerts is not None and self._budgets is not None:
+                    now = datetime.now(timezone.utc)
+                    states = budget_states(self.store, self._budgets.budgets, now)
+                    self._alerts.look(states, now, within_s=TIDY_EVERY_S)
+                    if self._alerts.wants_to_post:
+                        self._alerts.post()
             except StoreError:
                 pass  # the next time may work; what matters is said by those who record
             except Exception:
-                log.exception("costs could not be set")
+                log.exception("costs could not be set, or budgets not be looked up")
 
 
 async def track(server: Server, request: Request) -> Response:
@@ -218,8 +312,12 @@ def _why(outcome: str, reason: str | None) -> str | None:
 
 
 async def usage(server: Server, request: Request) -> Response:
-    """GET /usage."""
-    return await server.ask(reading.usage, request)
+    """GET /usage: of many processes that ask the same for their budgets, one has it found."""
+    answers = Asking(server.answers, time.monotonic())
+    await server.authorize(request, "read")
+    server.check_room()
+    found = await server.find(partial(reading.usage, server.store, request.query_params, answers), answers, request)
+    return found if isinstance(found, Response) else await server.csv(found)
 
 
 async def messages(server: Server, request: Request) -> Response:
@@ -230,6 +328,16 @@ async def messages(server: Server, request: Request) -> Response:
 async def conversations(server: Server, request: Request) -> Response:
     """GET /conversations."""
     return await server.ask(reading.conversations, request)
+
+
+async def bills(server: Server, request: Request) -> Response:
+    """GET /bills."""
+    return await server.ask(reading.bills, request)
+
+
+async def recorded(server: Server, request: Request) -> Response:
+    """GET /recorded."""
+    return await server.ask(reading.recorded, request)
 
 
 async def show_metrics(server: Server, request: Request) -> Response:
@@ -260,6 +368,8 @@ ROUTES: tuple[tuple[str, str, _Handler], ...] = (
     ("GET", "/usage", usage),
     ("GET", "/messages", messages),
     ("GET", "/conversations", conversations),
+    ("GET", "/recorded", recorded),
+    ("GET", "/bills", bills),
     ("GET", "/metrics", show_metrics),
     ("GET", "/healthz", healthz),
     ("GET", "/readyz", readyz),
@@ -267,13 +377,13 @@ ROUTES: tuple[tuple[str, str, _Handler], ...] = (
 )
 
 
-def make_app(store: Store, *, open_to_local: bool = False) -> Starlette:
+def make_app(store: Store, *, open_to_local: bool = False, budgets: Budgets | None = None) -> Starlette:
     """The application of one ledger."""
     servers: list[Server] = []
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        servers.append(Server(store, open_to_local=open_to_local))
+        servers.append(Server(store, open_to_local=open_to_local, budgets=budgets))
         yield
         await anyio.to_thread.run_sync(servers.pop().close)
 
@@ -289,12 +399,16 @@ def make_app(store: Store, *, open_to_local: bool = False) -> Starlette:
     async def unknown(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         path = request.scope["path"]
+        if exc.status_code == 404 and (page := dashboard_routes.unknown(path)):
+            return page
         if exc.status_code == 405:
             return _error(405, "method", f"{request.method} is not for {path}", dict(exc.headers or {}))
         return _error(exc.status_code, "path", f"{path!r} is not here; /openapi.json says what is")
 
     app = Starlette(
-        routes=[route(*each) for each in ROUTES], lifespan=lifespan, exception_handlers={HTTPException: unknown}
+        routes=[route(*each) for each in (*ROUTES, *dashboard_routes.ROUTES)],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: unknown},
     )
     app.router.redirect_slashes = False  # to where the Host header says
     return app
@@ -317,7 +431,10 @@ def is_loopback(host: str) -> bool:
 def app_from_environment() -> Starlette:
     """The application of SPRYNG_DESTINATION, for the worker processes of `spryng serve`, or any ASGI server."""
     settings = resolve({})
-    return make_app(open_store(settings.destination), open_to_local=os.environ.get(OPEN_VARIABLE) == "1")
+    budgets = None if settings.budgets is None else read_budgets(settings.budgets)
+    return make_app(
+        open_store(settings.destination), open_to_local=os.environ.get(OPEN_VARIABLE) == "1", budgets=budgets
+    )
 
 
 async def _answer(handler: _Handler, server: Server, request: Request) -> Response:

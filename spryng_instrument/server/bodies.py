@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from urllib.parse import parse_qsl
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
@@ -11,6 +12,8 @@ from spryng_instrument.api import MAX_BYTES
 
 BODY_S = 20.0
 """Seconds for a body to arrive."""
+MAX_FORM = 64 * 1024
+"""Bytes of a form."""
 
 
 class Refused(Exception):
@@ -45,13 +48,32 @@ async def read_body(request: Request) -> bytes:
         raise Refused(400, "body", "was cut off") from None
 
 
-async def _plain(request: Request) -> bytes:
+async def read_form(request: Request) -> dict[str, str]:
+    """The fields of a form that a page has sent.
+
+    Raises:
+        Refused: it is none, too large or too slow.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise Refused(415, "Content-Type", f"{kind!r} is not taken; send a form")
+    try:
+        with anyio.fail_after(BODY_S):
+            body = await _plain(request, MAX_FORM)
+        return dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=20))
+    except TimeoutError:
+        raise Refused(408, "body", f"did not arrive within {BODY_S:.0f} s", {"Connection": "close"}) from None
+    except (ClientDisconnect, ValueError):
+        raise Refused(400, "body", "is no form that can be read") from None
+
+
+async def _plain(request: Request, most: int = MAX_BYTES) -> bytes:
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BYTES:
-            raise _too_large()
+        if size > most:
+            raise _too_large(most)
         parts.append(part)
     return b"".join(parts)
 
@@ -79,5 +101,5 @@ async def _unzipped(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _too_large() -> Refused:
-    return Refused(413, "body", f"is larger than {MAX_BYTES} bytes; send fewer messages at a time")
+def _too_large(most: int = MAX_BYTES) -> Refused:
+    return Refused(413, "body", f"is larger than {most} bytes; send less at a time")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
+import threading
 import time
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -18,6 +19,12 @@ SCOPES = ("ingest", "read")
 """ingest: may send messages. read: may ask for usage, messages and conversations."""
 FRESH_S = 5.0
 """How long a server goes by the keys that it has read: a revoked one is refused after that time at the latest."""
+READ_S = 2.0
+"""How long the ledger may take to say its keys."""
+AGAIN_S = 1.0
+"""After which time keys that could not be read, and were never before, are asked for again."""
+_SOON = 0.4
+"""The part of FRESH_S after which keys are read anew beside the requests: done, or given up, before it is over."""
 _PREFIX = "spryng"
 _NONE = ApiKey("", "", sha256(b"").hexdigest(), (), datetime.min.replace(tzinfo=timezone.utc))
 
@@ -62,32 +69,66 @@ class KeyRing:
         self._store = store
         self._keys: dict[str, ApiKey] | None = None
         self._read_at = 0.0
+        self._problem: StoreError | None = None
+        """Why they could not be read the last time."""
+        self._reading = threading.Lock()
 
     @property
     def fresh(self) -> bool:
-        """Whether the store need not be asked."""
-        return self._keys is not None and time.monotonic() - self._read_at < FRESH_S
+        """Whether no request has to wait for them to be read."""
+        return self._keys is not None and self._age_s < FRESH_S
+
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._read_at
 
     def refresh(self) -> None:
-        """Read the keys, if they were not just read. While the store is down, those that are known hold.
+        """Read the keys, if they are not fresh. While the store is down, those that are known hold.
 
         Raises:
             StoreError: they were never read.
         """
-        if self.fresh:
+        with self._reading:
+            if not self.fresh and (self._problem is None or self._age_s >= min(AGAIN_S, FRESH_S)):
+                self._read()
+        if self._keys is None and self._problem is not None:
+            raise self._problem.with_traceback(None)
+
+    def refresh_soon(self) -> None:
+        """Read the keys in a thread beside, if that is due and not under way: nobody waits for it."""
+        if self._age_s < FRESH_S * _SOON or not self._reading.acquire(blocking=False):
             return
         try:
-            self._keys = {key.id: key for key in self._store.api_keys()}
-        except StoreError:
-            if self._keys is None:
-                raise
-            log.warning("the keys cannot be read now; those known before hold")
-        self._read_at = time.monotonic()
+            threading.Thread(target=self._read_beside, name="spryng-keys", daemon=True).start()
+        except RuntimeError:  # no thread can be started now; the next request tries
+            self._reading.release()
+
+    def _read_beside(self) -> None:
+        try:
+            self._read()
+        finally:
+            self._reading.release()
+
+    def _read(self) -> None:
+        began = time.monotonic()
+        try:
+            self._keys = {key.id: key for key in self._store.api_keys(timeout_s=READ_S)}
+        except StoreError as exc:
+            self._problem, self._read_at = exc, time.monotonic()  # of when it failed: nobody tries again at once
+            if self._keys is not None:
+                log.warning("the keys cannot be read now; those known before hold")
+        else:
+            self._problem, self._read_at = None, began
 
     @property
     def empty(self) -> bool:
         """Whether no key was ever made. A revoked one counts: what was locked must not open by itself."""
         return not self._keys
+
+    def known(self, id: str) -> ApiKey | None:
+        """The key of that id, if it was not revoked."""
+        key = (self._keys or {}).get(id)
+        return key if key is not None and key.revoked is None else None
 
     def find(self, authorization: str | None) -> ApiKey | None:
         """The key of an Authorization header, bare or as Bearer. None: there is none, or it was revoked."""

@@ -9,8 +9,9 @@ import msgspec
 
 from spryng_instrument import __version__
 from spryng_instrument.api import FIELDS, MAX_MESSAGES, MAX_PROPERTIES, MAX_TAGS, MAX_TEXT, Result, Results, TrackUsage
-from spryng_instrument.reports import MOMENTS, WINDOWS
-from spryng_instrument.server.reading import MAX_PAGE, PARAMETERS
+from spryng_instrument.periods import MOMENTS
+from spryng_instrument.reports import CONVERSATIONS, WINDOWS
+from spryng_instrument.server.reading import MAX_IDS, MAX_PAGE, MAX_ROWS, PARAMETERS
 from spryng_instrument.store.base import GROUPS
 from spryng_instrument.usage import COUNTS, DETAILS, MOST
 
@@ -20,7 +21,7 @@ _ERRORS = {
     400: "A field or parameter that cannot be; the error names it.",
     401: "No API key, or one that is unknown or revoked.",
     403: "The key lacks the scope.",
-    503: "The ledger does not answer now; try again after Retry-After.",
+    503: "The ledger does not answer now, or too many questions wait; try again after Retry-After.",
 }
 _BODY_ERRORS = {
     408: "The body did not arrive in time.",
@@ -46,8 +47,17 @@ _ABOUT: dict[str, dict[str, Any]] = {
     "month": {"description": "One month, 2026-11, instead of since and until."},
     "zone": {"description": "IANA zone of days, months, and dates without one.", "schema": {"default": "UTC"}},
     "format": {"schema": {"enum": ["json", "csv"], "default": "json"}},
+    "id": {
+        "description": f"`messageId` of a message; given again: of others, up to {MAX_IDS}.",
+        "schema": {"type": "array", "maxItems": MAX_IDS, "items": {"type": "string"}},
+    },
     "after": {"description": "`next` of the page before."},
     "limit": {"schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 100}},
+    "/usage limit": {
+        "description": "Rows at most: those that cost the most; `more` says whether there are others. Where it is not "
+        f"given: {CONVERSATIONS:,} by conversation, but for CSV; else all.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ROWS},
+    },
 }
 
 
@@ -110,6 +120,8 @@ def document() -> dict[str, Any]:
             "/usage": {"get": _asking("/usage", "Usage by customer, tag, conversation, model, day, month.", csv=True)},
             "/messages": {"get": _asking("/messages", "Messages, newest first.")},
             "/conversations": {"get": _asking("/conversations", "Conversations, the one that began last first.")},
+            "/bills": {"get": _asking("/bills", "The bills that were closed, whole, the last one first.")},
+            "/recorded": {"get": _asking("/recorded", "Which of some messages are in the ledger.")},
             "/metrics": {"get": _asking("", "Counts and times of the server, for Prometheus.", "text/plain")},
             "/healthz": {"get": _probe("Whether the process answers.")},
             "/readyz": {"get": _probe("Whether its ledger takes messages.")},
@@ -170,7 +182,8 @@ def _asking(path: str, summary: str, kind: str = "application/json", *, csv: boo
     if csv:
         content["text/csv"] = {}
     parameters = [
-        {"name": name, "in": "query", "schema": {"type": "string"}, **_ABOUT[name]} for name in PARAMETERS.get(path, ())
+        {"name": name, "in": "query", "schema": {"type": "string"}, **_ABOUT.get(f"{path} {name}", _ABOUT[name])}
+        for name in PARAMETERS.get(path, ())
     ]
     return {"summary": summary, "parameters": parameters, "responses": _responses(content, _ERRORS)}
 

@@ -5,19 +5,23 @@ Invariant: without a single key made, nobody but this machine can reach it.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import tempfile
 from asyncio import Transport
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from spryng_instrument.alerts import Alerts
 from spryng_instrument.api import MAX_BYTES
+from spryng_instrument.budgets import read_budgets
 from spryng_instrument.errors import SchemaTooNewError, SettingsError, StoreError, StoreNotOursError
 from spryng_instrument.server.app import OPEN_VARIABLE, busy, is_loopback
 from spryng_instrument.server.bodies import BODY_S
@@ -95,8 +99,14 @@ class ImpatientProtocol(HttpToolsProtocol):
         super().on_response_complete()
         self._wait_if_idle()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait(ANSWER_S)
+
     def resume_writing(self) -> None:
         super().resume_writing()
+        if not self._in_request:
+            self._stop_waiting()  # there is more of the answer, or the next line waits again
         self._wait_if_idle()
 
     def send_400_response(self, msg: str) -> None:
@@ -129,10 +139,12 @@ def check(settings: Settings, host: str) -> str:
     """What is to be said about who may use the server. The ledger is made, if it is not there.
 
     Raises:
-        SettingsError: other machines could reach it, and no key was made.
+        SettingsError: other machines could reach it, and no key was made; or its budgets cannot be used.
         StoreError: the ledger cannot be used.
     """
     store = open_store(settings.destination)
+    if settings.budgets is not None:
+        Alerts(store, read_budgets(settings.budgets))
     try:
         store.record([])
         keys = [key for key in store.api_keys() if key.revoked is None]
@@ -160,10 +172,15 @@ def check(settings: Settings, host: str) -> str:
 def serve(settings: Settings, *, host: str, port: int, workers: int) -> None:
     """Serve until SIGTERM or SIGINT; what was accepted by then is recorded."""
     os.environ.update(_environment(settings, host))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends in order, and raises it again then
-    with tempfile.TemporaryDirectory(prefix="spryng-metrics-") as folder:
+    with ExitStack() as ending:
         if workers > 1:
+            # Until uvicorn has handlers; its workers die of their own.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            folder = ending.enter_context(tempfile.TemporaryDirectory(prefix="spryng-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # read as prometheus_client is imported, in each worker
+        else:
+            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends in order, and raises it again then
+                signal.signal(number, _end)
         uvicorn.run(
             "spryng_instrument.server.app:app_from_environment",
             factory=True,
@@ -177,6 +194,15 @@ def serve(settings: Settings, *, host: str, port: int, workers: int) -> None:
             access_log=False,
             log_level="error",
         )
+
+
+def _end(*_: object) -> None:
+    """End this process at once. Python would first wait for the threads of questions, which may take minutes."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, RuntimeError):  # closed, or being written to right here
+            stream.flush()
+    os._exit(0)
 
 
 def _environment(settings: Settings, host: str) -> Mapping[str, str]:
