@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,19 @@ from spryng_instrument.testing import PracticeServer
 
 recorder.strict = True  # a bug of ours fails the test it happens in
 
+for module in pkgutil.walk_packages(spryng_instrument.__path__, "spryng_instrument."):
+    # Now, not in the middle of a test: what is first imported then keeps for ever what that test has patched.
+    if not module.name.endswith("__main__"):
+        with suppress(ModuleNotFoundError):  # an extra that this environment has not
+            importlib.import_module(module.name)
+
 PRISTINE = [(seam, dict(vars(seam))) for seam in (base.SyncAPIClient, base.AsyncAPIClient)]
+
+
+def pytest_collection_finish() -> None:
+    """All that is loaded stays: no collection between tests looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Ledger:
@@ -68,7 +83,7 @@ def instrument(ledger: Ledger) -> Callable[..., Ledger]:
 @pytest.fixture(autouse=True)
 def _pristine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """However a test ends, nothing is instrumented after it, and the SDK's classes are what they were."""
-    for name in ("DESTINATION", "JOURNAL", "DEFAULT_KEY", "ON_MISSING_KEY"):
+    for name in ("DESTINATION", "JOURNAL", "DEFAULT_KEY", "ON_MISSING_KEY", "BUDGETS", "ON_BUDGET", "WEBHOOK_SECRET"):
         monkeypatch.delenv(f"SPRYNG_{name}", raising=False)
     checks._said.clear()
     patch._refusing.clear()

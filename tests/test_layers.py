@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "spryng_instrument"
 
 CAPTURE = [
     "errors",
+    "periods",
+    "toml",
+    "checks",
     "message",
     "settings",
-    "checks",
     "context",
     "integrations",
     "usage",
@@ -26,6 +28,11 @@ CAPTURE = [
     "deferred",
     "store",
     "pump",
+    "pricelist",
+    "prices",
+    "budgets",
+    "alerts",
+    "spending",
     "recorder",
     "streams",
     "bodies",
@@ -36,8 +43,36 @@ CAPTURE = [
     "surface",
     "patch",
 ]
-READING = ["errors", "message", "settings", "usage", "tallies", "endpoints", "api", "journal", "deferred", "store"]
-READING += ["pump", "prices", "reports", "copying", "server", "cli"]
+READING = [
+    "errors",
+    "periods",
+    "toml",
+    "message",
+    "settings",
+    "usage",
+    "tallies",
+    "endpoints",
+    "api",
+    "journal",
+    "deferred",
+    "store",
+    "pump",
+    "tables",
+    "ledger",
+    "pricelist",
+    "prices",
+    "budgets",
+    "alerts",
+    "reports",
+    "exporting",
+    "organization",
+    "differences",
+    "reconcile",
+    "billing",
+    "copying",
+    "server",
+    "cli",
+]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -70,27 +105,46 @@ def test_imports_go_one_way(order: list[str]) -> None:
 
 def test_the_halves_share_little() -> None:
     """Reports know nothing of how a message was captured."""
-    for name in ("prices", "reports"):
+    for name in (
+        "prices",
+        "budgets",
+        "alerts",
+        "reports",
+        "organization",
+        "differences",
+        "reconcile",
+        "billing/bills",
+        "billing/rating",
+    ):
         assert not imports_of(PACKAGE / f"{name}.py") & {"patch", "observe", "recorder", "pump", "journal", "context"}
+
+
+def test_what_is_private_stays_so() -> None:
+    """No module of the package imports another one's name with an underscore before it."""
+    taken = [
+        f"{path.relative_to(PACKAGE)}: {alias.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spryng_instrument")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not taken
+
+
+HEAVY = {"openai", "wrapt", "httpx", "httpx2", "asyncio", "ssl", "click", "rich", "genai_prices", "sqlite3", "psycopg"}
 
 
 def test_import_is_light() -> None:
     """`import spryng_instrument` loads nothing that is slow to load."""
     code = "import sys, spryng_instrument; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    heavy = {
-        "openai",
-        "wrapt",
-        "httpx",
-        "httpx2",
-        "asyncio",
-        "ssl",
-        "msgspec",
-        "click",
-        "rich",
-        "genai_prices",
-        "sqlite3",
-        "psycopg",
-    }
-    assert not heavy & set(loaded)
+    assert not (HEAVY | {"msgspec"}) & set(loaded)
     assert "spryng_instrument.context" in loaded
+
+
+def test_reports_are_light() -> None:
+    """A notebook that imports the reports has neither the SDK nor the command line loaded, nor any engine's driver."""
+    code = "import sys, spryng_instrument.reports; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not HEAVY & set(loaded)

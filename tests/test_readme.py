@@ -8,14 +8,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import yaml
 
 from spryng_instrument.cli.commands import commands
+from spryng_instrument.message import Usage
+from spryng_instrument.prices import price_of
 from spryng_instrument.settings import TABLE, Settings, env_name
 from spryng_instrument.testing import PracticeServer
+from tests.messages import message
 from tests.shapes import SDK
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +33,20 @@ SHOWS = {
     "spryng usage --by day --tz Europe/Berlin --key acme --json": r'"messages": 3,',
     "spryng usage --by tag --format csv": r"^classification,1,",
     "spryng messages --limit 5": r"acme",
+    "spryng export --since 7d --tz Europe/Berlin --format jsonl": r'"key":"acme"',
+    "spryng export --output usage.csv": r"^$",
     "spryng push": r"^0 messages delivered to sqlite:///",
     "spryng doctor": r"4 recorded = 4 delivered",
+    "spryng reconcile --by model": r"^gpt-4o-mini +requests +[24] +[24] +0  equal$",
+    "spryng link acme --days 90": r"^http://127\.0\.0\.1:8321/dashboard/shared\?token=[\w.-]+$",
     "spryng run -- python app.py": r"Stats\(recorded=3",
+    "spryng bill": r"^up to the minimum of 20\.00 +\d+\.\d\d$",
+    "spryng bill --month 2026-10 --close": r"^Acme Inc\.  invoice 000001  2026-10-15 to 2026-11-14 \(Europe/Berlin\)",
+    "spryng bill --number 000001 --format html": r"<h1>Invoice 000001</h1>",
+    "spryng bills": r"^000001  acme  2026-10 .* EUR 20\.00$",
+    "spryng rate --month 2026-10": r"^$",
+    "spryng budgets --budgets budgets.toml": r"^acme +acme +- +3 messages +1,000 messages +0 +ok ",
+    "spryng budgets check --budgets budgets.toml": r"^$",
 }
 """What each command prints, after README's own Python has run once."""
 SERVER = ["spryng keys create web --scope ingest", "spryng keys list", "spryng serve --port 8321"]
@@ -38,6 +54,10 @@ SERVER = ["spryng keys create web --scope ingest", "spryng keys list", "spryng s
 LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line not in SET_UP]
 [CURL] = [line for line in LINES if line.startswith("curl ")]
 COMMANDS = [line for line in LINES if line not in (*SERVER, CURL)]
+
+
+TOML = {".spryng/plans.toml": "plan = ", "budgets.toml": "zone = ", ".spryng/prices.toml": "[[prices]]"}
+"""Where a reader puts the TOML that begins so."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +72,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, server: PracticeServer) -> 
     folder = tmp_path_factory.mktemp("readme")
     code = "\n".join(text for kind, text in BLOCKS if kind == "python")
     (folder / "app.py").write_text(code)
+    (folder / ".spryng").mkdir()
+    for name, first in TOML.items():
+        [text] = [text for kind, text in BLOCKS if kind == "toml" and text.startswith(first)]
+        (folder / name).write_text(text)
     done = run(["python", "app.py"], folder, server)
     assert done.returncode == 0, done.stderr
     assert "recorded=3, delivered=3, waiting=0" in done.stdout
@@ -61,7 +85,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, server: PracticeServer) -> 
 def run(command: list[str], folder: Path, server: PracticeServer) -> subprocess.CompletedProcess[str]:
     programs = {"spryng": [sys.executable, "-m", "spryng_instrument"], "python": [sys.executable]}
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SPRYNG_")}
-    environ |= {"OPENAI_API_KEY": "practice", "OPENAI_BASE_URL": server.base_url, "PYTHONPATH": str(ROOT)}
+    environ |= {"OPENAI_API_KEY": "practice", "OPENAI_ADMIN_KEY": "sk-admin-practice"}
+    environ |= {"OPENAI_BASE_URL": server.base_url, "PYTHONPATH": str(ROOT)}
+    environ["SPRYNG_WEBHOOK_SECRET"] = f"whsec_{'c2Vj' * 8}"
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     return subprocess.run(
         programs[command[0]] + command[1:], cwd=folder, env=environ, capture_output=True, text=True, timeout=60
@@ -145,6 +171,16 @@ def test_every_setting_is_in_the_table() -> None:
             assert f"`{default}`" in row
 
 
+def test_prices_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's price of a fine-tuned model, and that of a gateway, are what they cost."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("SPRYNG_PRICES", raising=False)
+    usage = Usage(input_tokens=3_000_000, cached_tokens=1_000_000, output_tokens=1_000_000)
+    tuned = message(timestamp=datetime.now(timezone.utc), response_model="ft:gpt-4o-mini:acme", usage=usage)
+    assert price_of(tuned) == Decimal("1.95")
+    assert price_of(message(response_model="any", host="gateway.example.com", usage=usage)) == 14
+
+
 def test_every_other_block_is_known() -> None:
     """No block of a kind that nothing runs."""
-    assert {kind for kind, _ in BLOCKS} == {"sh", "python", "text", "yaml", "ini"}
+    assert {kind for kind, _ in BLOCKS} == {"sh", "python", "text", "yaml", "ini", "toml"}

@@ -1,7 +1,7 @@
 """What instrument() adds to a call, to a chunk and to an import, beside the least that any instrumentation adds.
 
     python -m tests.benchmarks            # all
-    python -m tests.benchmarks call chunk paths import memory server
+    python -m tests.benchmarks call budgets chunk paths import memory server
 
 Every figure is CPU time of the calling thread, the SDK's transport stubbed, everything in one process; variants take
 turns call by call, so that what disturbs one disturbs all, and the median over rounds is shown. Trust the ratios.
@@ -21,6 +21,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -117,11 +118,16 @@ def use(requests: tuple[Any, Any]) -> None:
 
 
 @contextmanager
-def instrumented() -> Any:
-    """The wrapped `request`s of instrument(), as a variant beside the others."""
+def instrumented(budgets: str = "") -> Any:
+    """The wrapped `request`s of instrument(), as a variant beside the others.
+
+    Args:
+        budgets: the text of a file of budgets. "": none.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "budgets.toml").write_text(budgets)
         spryng_instrument.instrument(
-            destination=f"sqlite:///{folder}/usage.db",
+            destination=f"sqlite:///{folder}/usage.db", budgets=f"{folder}/budgets.toml" if budgets else None
         )
         try:
             with spryng_instrument.usage_context(key="acme", conversation_id="c-42", tags=["support"]):
@@ -177,6 +183,27 @@ def bench_call() -> None:
             print(f"{kind:5} call: bare {took['bare']:.1f} us, floor +{least:.2f} us, ours +{added:.2f} us, "
                   f"{added / least:.2f} x the floor (goal: 4)")  # fmt: skip
     loop.close()
+
+
+def bench_budgets() -> None:
+    """What budgets add to a call: ten of them, of which four concern it, the ledger being read every two seconds."""
+    hard = "period = 'month'\nmessages = 1000000000\ntokens = 1000000000000\nhard = true\n"
+    whose = ["key = 'acme'", "key = '*'", "", "tag = 'support'", *(f"key = 'other{number}'" for number in range(6))]
+    text = "".join(f"[[budget]]\nname = 'b{number}'\n{each}\n{hard}" for number, each in enumerate(whose))
+    client = openai.OpenAI(api_key="x", http_client=http.Client(transport=http.MockTransport(answer)))
+    create = client.chat.completions.create
+
+    def call() -> float:
+        started = time.thread_time_ns()
+        create(**ASK)
+        return (time.thread_time_ns() - started) / 1e3
+
+    added = []
+    for budgets in ("", text) * 4:
+        with instrumented(budgets) as ours:
+            added.append(rounds(call, {"bare": BARE, "ours": ours}, ROUNDS // 2, CALLS)["ours"])
+    off, on = statistics.median(added[::2]), statistics.median(added[1::2])
+    print(f"call: ours +{off:.2f} us, with ten budgets +{on:.2f} us: {on - off:.2f} us for four that concern it")
 
 
 def bench_chunk() -> None:
@@ -330,5 +357,5 @@ with instrumented() as ours:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("call", "chunk", "paths", "import", "memory", "server"):
+    for name in sys.argv[1:] or ("call", "budgets", "chunk", "paths", "import", "memory", "server"):
         globals()[f"bench_{name}"]()
