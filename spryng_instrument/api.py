@@ -1,7 +1,8 @@
 """The Track Usage API's JSON: what a server takes and what delivers to one; a message goes both ways unchanged.
 
 Its first fields are the seed's own, by the seed's names. The others are what a process of ours knows of a call; what
-such a process says (it names itself as `writer`) was checked when it was recorded, and is taken as it is. What anybody
+such a process says (it names itself as `writer`) was checked when it was recorded, and is taken as it is, or not
+at all: a field that is unknown here comes of a newer version, and waits there until this one is updated. What anybody
 else says is checked here: a field that is unknown, or cannot be true, is refused with its name and value.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from spryng_instrument.endpoints import operation_of
-from spryng_instrument.errors import ApiError, UsageError
+from spryng_instrument.errors import ApiError, NewerError, UsageError
 from spryng_instrument.message import Message, Status, Usage, decode, encode, new_id
 from spryng_instrument.usage import DETAILS, MOST, checked_usage, read_reply
 
@@ -33,13 +34,14 @@ EARLIEST = datetime(1970, 1, 1, tzinfo=timezone.utc)
 """No message is older: further back, there are times that other zones have no year for."""
 FUTURE = timedelta(minutes=5)
 """How far a timestamp may be ahead of the server's clock."""
+_NEWER = "is of a newer version of spryng_instrument than the server's. Update the server; the message waits until then"
 NO_KEY = "(no key)"
 """The key of a message without one, for a server that wants one."""
 
 Scalar = str | int | float | bool | None
 
 
-class TrackUsage(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
+class TrackUsage(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """One message as it is sent."""
 
     key: str | msgspec.UnsetType | None = msgspec.UNSET
@@ -85,10 +87,6 @@ class TrackUsage(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=Tru
     tool_usage: dict[str, Any] | None = None
 
 
-class _Strict(TrackUsage, forbid_unknown_fields=True):
-    """The same, of anybody else: a field that is not known is a mistake, not a newer version."""
-
-
 _RENAMED = {
     "latency": "latency_ms",
     "time_to_first_token": "time_to_first_token_ms",
@@ -100,8 +98,7 @@ _RENAMED = {
 _SAME = tuple(
     name for name in TrackUsage.__struct_fields__ if name in Message.__struct_fields__ and name not in _RENAMED
 )
-_lenient = msgspec.json.Decoder(TrackUsage)
-_strict = msgspec.json.Decoder(_Strict)
+_decoder = msgspec.json.Decoder(TrackUsage)
 
 
 def wire_of(message: Message) -> TrackUsage:
@@ -138,6 +135,7 @@ def message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]:
 
     Raises:
         ApiError: it is none, or cannot be true; the error names the field and its value.
+        NewerError: it would lose a field.
     """
     try:
         return _message_of(raw, now)
@@ -180,17 +178,15 @@ def _message_of(raw: bytes | msgspec.Raw, now: datetime) -> tuple[Message, bool]
 
 def _decoded(raw: bytes | msgspec.Raw) -> TrackUsage:
     try:
-        if b'"writer"' in memoryview(raw).tobytes():
-            sent = _lenient.decode(raw)
-            if sent.writer is not None:
-                return sent
-        return _strict.decode(raw)
+        return _decoder.decode(raw)
     except msgspec.ValidationError as exc:
         what, _, path = str(exc).partition(" - at `$")
         path = path.rstrip("`")
         field = path.lstrip(".") or "body"
         if what.startswith("Object contains unknown field"):
             field = what.split("`")[1]
+            if isinstance(_value_at(raw, ["writer"]), str):
+                raise NewerError(field, _value_at(raw, [field]), _NEWER) from None
             raise ApiError(field, _value_at(raw, [field]), f"is no field; there are: {', '.join(FIELDS)}") from None
         raise ApiError(field, _value_at(raw, path.replace("[", ".[").split(".")), what) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -238,6 +234,8 @@ def _usage(sent: TrackUsage, ours: bool) -> Usage | None:
             return checked_usage(sent.usage, any_total=True)
         except UsageError as exc:
             raise ApiError("usage", sent.usage, str(exc)) from None
+    for name in sent.usage.keys() - set(Usage.__struct_fields__):
+        raise NewerError(f"usage.{name}", sent.usage[name], _NEWER)
     try:
         usage = msgspec.convert(sent.usage, Usage)
     except msgspec.ValidationError as exc:

@@ -83,6 +83,10 @@ class ApiError(SpryngError, ValueError):
         super().__init__(f"{field}{shown} {problem}")
 
 
+class NewerError(ApiError):
+    """A message has a field that this version does not know. To leave that out would make another message of it."""
+
+
 class QueryError(SpryngError, ValueError):
     """A report was asked for that cannot be made. The message names the value and what is allowed."""
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from msgspec.structs import replace
 
 from spryng_instrument.api import FUTURE, MAX_TAGS, MAX_TEXT, NO_KEY, message_of, seed_of, wire_of
-from spryng_instrument.errors import ApiError
+from spryng_instrument.errors import ApiError, NewerError
 from spryng_instrument.message import Message, Usage, decode, encode, new_id
 
 from .messages import anything
@@ -156,10 +156,21 @@ def test_what_cannot_be_is_refused(body: str, said: str) -> None:
     assert said in str(error.value)
 
 
-def test_a_newer_process_may_say_more() -> None:
-    """A process of a newer version is understood as far as this one goes: a refusal would be lost usage."""
-    message, _ = message_of(b'{"key": "a", "writer": "w", "sequence": 1, "somethingNew": 5}', NOW)
-    assert (message.key, message.writer, message.sequence) == ("a", "w", 1)
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('"somethingNew": 5', "somethingNew=5 is of a newer version"),
+        ('"usage": {"input_tokens": 5, "video_tokens": 7}', "usage.video_tokens=7 is of a newer version"),
+    ],
+)
+def test_a_newer_process_says_more(more: str, said: str) -> None:
+    """What a newer version has counted is not left out: it waits where it is, until this one is updated."""
+    with pytest.raises(NewerError) as error:
+        message_of(f'{{"key": "a", "writer": "w", "sequence": 1, {more}}}'.encode(), NOW)
+    assert said in str(error.value)
+    with pytest.raises(ApiError) as mistake:  # of anybody else, it is a mistake
+        message_of(f'{{"key": "a", {more}}}'.encode(), NOW)
+    assert not isinstance(mistake.value, NewerError)
 
 
 def test_nearly_now() -> None:

@@ -182,6 +182,7 @@ def test_the_bad_one_of_a_batch_is_found(end: End, status: str, outcome: str) ->
         ("401", "does not accept the API key. Set api_key or SPRYNG_API_KEY"),
         ("403", "may not send messages"),
         ("404", "Correct the destination's URL"),
+        ("412", "it is older than this process, and would lose a part of these messages. Update it"),
         ("429", "asked too often"),
         ("500", "answered 500"),
         ("402", "answered 402"),

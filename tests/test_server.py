@@ -22,11 +22,14 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from spryng_instrument.api import MAX_BYTES, MAX_MESSAGES
+from spryng_instrument.api import MAX_BYTES, MAX_MESSAGES, wire_of
+from spryng_instrument.errors import StoreError
 from spryng_instrument.message import Message, Usage, new_id
 from spryng_instrument.store.base import GROUPS
+from spryng_instrument.store.http import HttpDestination
 from spryng_instrument.store.sqlite import SqliteStore
 
 from .serving import Answer, Serving, serving, spryng
@@ -195,6 +198,22 @@ def test_a_batch_answers_for_each(server: Serving, found: Any) -> None:
     assert sorted(message.id for message in found("batch")) == ["b1", "b2", "b3"]
     assert next(message.query for message in found("batch") if message.id == "b2") == "a\\x00b"
     assert server.post({"messages": []}, "/trackUsage/batch").json() == {"results": []}
+
+
+def test_messages_of_a_newer_process(server: Serving, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this server would leave out of a message holds its batch back, all of it, in the process that has it."""
+    destination = HttpDestination(server.url, None)
+    batch = [Message(f"newer-{number}", MONTHS[0], "chat", key="newer", writer="w", sequence=1) for number in range(2)]
+    newer = {**msgspec.to_builtins(wire_of(batch[1])), "videoTokens": 7}
+    with monkeypatch.context() as patched:
+        patched.setattr(destination, "_body", lambda _: msgspec.json.encode({"messages": [wire_of(batch[0]), newer]}))
+        with pytest.raises(StoreError, match=r"older than this process.* Update it .*videoTokens=7"):
+            destination.record(batch)
+    assert found("newer") == []
+    answer = server.post({**newer, "usage": {"video_tokens": 7}})
+    assert (answer.status, answer.json()["error"]["field"]) == (412, "videoTokens")
+    assert destination.record(batch).outcomes == ("recorded", "recorded")
+    destination.close()
 
 
 def test_a_message_that_the_ledger_refuses(tmp_path: Path) -> None:

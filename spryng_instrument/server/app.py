@@ -33,7 +33,7 @@ from spryng_instrument import __version__
 from spryng_instrument.alerts import Alerts
 from spryng_instrument.api import MAX_MESSAGES, Batch, Result, Results, message_of
 from spryng_instrument.budgets import Budgets, budget_states, read_budgets
-from spryng_instrument.errors import ApiError, QueryError, StoreError
+from spryng_instrument.errors import ApiError, NewerError, QueryError, StoreError
 from spryng_instrument.message import Message
 from spryng_instrument.prices import rate
 from spryng_instrument.server import metrics, reading
@@ -297,6 +297,8 @@ async def track_batch(server: Server, request: Request) -> Response:
         try:
             taken.append(message_of(raw, now))
             results.append(None)
+        except NewerError:
+            raise  # they are all of one process, which sends them all again
         except ApiError as exc:
             results.append(Result(None, "refused", str(exc)))
     receipt = await server.record(taken)
@@ -443,7 +445,7 @@ async def _answer(handler: _Handler, server: Server, request: Request) -> Respon
     except Refused as exc:
         return _error(exc.status, exc.field, exc.message, exc.headers)
     except ApiError as exc:
-        return _error(400, exc.field, str(exc))
+        return _error(412 if isinstance(exc, NewerError) else 400, exc.field, str(exc))
     except QueryError as exc:
         named = re.match(r"\w+", str(exc))
         return _error(400, named[0] if named else "query", str(exc))

@@ -25,6 +25,7 @@ _ERRORS = {
 }
 _BODY_ERRORS = {
     408: "The body did not arrive in time.",
+    412: "From a process of a newer version, with a field that is not known here: update the server; send it again.",
     413: "Too many messages, or too large: send fewer at a time.",
     415: "Not JSON, or compressed by something else than gzip.",
 }

@@ -304,6 +304,7 @@ class BatchPoster(HttpEnd, ABC):
             403: "the API key may not send messages. Allow it that there, or set api_key or SPRYNG_API_KEY to another",
             404: "nothing takes messages there. Correct the destination's URL",
             405: "nothing takes messages there. Correct the destination's URL",
+            412: "it is older than this process, and would lose a part of these messages. Update it",
             429: "it is asked too often",
         }.get(answer.status, "")
         if 300 <= answer.status < 400:
