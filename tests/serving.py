@@ -82,7 +82,7 @@ class Serving:
             assert time.monotonic() < until, f"it is not ready: {self.text()}"
             time.sleep(0.02)
 
-    def stop(self, timeout_s: float = 30.0) -> int:
+    def stop(self, timeout_s: float = 90.0) -> int:
         """SIGTERM, as systemd sends it. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
@@ -104,7 +104,7 @@ class Serving:
         ).stdout
         return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
 
-    def connect(self, timeout_s: float = 20.0) -> HTTPConnection:
+    def connect(self, timeout_s: float = 60.0) -> HTTPConnection:
         return HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
 
     def get(self, path: str, **headers: str) -> Answer:
@@ -129,7 +129,7 @@ class Serving:
         finally:
             connection.close()
 
-    def raw(self, sent: bytes, *, timeout_s: float = 20.0, half_close: bool = False) -> bytes:
+    def raw(self, sent: bytes, *, timeout_s: float = 60.0, half_close: bool = False) -> bytes:
         """Send bytes, and read until the server hangs up."""
         with socket.create_connection(("127.0.0.1", self.port), timeout_s) as sock:
             with suppress(ConnectionError):
@@ -229,5 +229,5 @@ def spryng(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedPr
     given = {name: value for name, value in os.environ.items() if not name.startswith("SPRYNG_")}
     return subprocess.run(
         [sys.executable, "-m", "spryng_instrument", *arguments],
-        cwd=cwd, env={**given, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True, timeout=60,
+        cwd=cwd, env={**given, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True, timeout=150,
     )  # fmt: skip

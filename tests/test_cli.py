@@ -80,7 +80,7 @@ def spryng(*args: str) -> Result:
 def process(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """The command in a real one."""
     command = [sys.executable, "-m", "spryng_instrument", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, **more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **more)
 
 
 def terminal(columns: int, *args: str, **environ: str) -> str:
@@ -459,7 +459,7 @@ class Tail:
         assert self.process.stdout is not None
         self.stdout = self.process.stdout
 
-    def lines(self, wanted: int, timeout_s: float = 15.0) -> list[str]:
+    def lines(self, wanted: int, timeout_s: float = 60.0) -> list[str]:
         """The next lines; fewer if they do not come in time."""
         found: list[str] = []
         deadline = time.monotonic() + timeout_s
@@ -472,7 +472,7 @@ class Tail:
 
     def end(self) -> tuple[int, str]:
         self.process.send_signal(signal.SIGINT)
-        _, said = self.process.communicate(timeout=10)
+        _, said = self.process.communicate(timeout=60)
         return self.process.returncode, said
 
 
@@ -634,7 +634,7 @@ def test_head_is_no_error() -> None:
     command = f"{sys.executable} -m spryng_instrument messages --limit 3000 --json; echo code $? >&2"
 
     done = subprocess.run(
-        ["bash", "-c", f"({command}) | head -1"], capture_output=True, text=True, timeout=30, check=True
+        ["bash", "-c", f"({command}) | head -1"], capture_output=True, text=True, timeout=120, check=True
     )
 
     assert done.stdout.count("\n") == 1

@@ -509,7 +509,7 @@ store.close()
 
 def test_forked(url: str) -> None:
     """Children that are forked from a process with an open store record beside it, each on its own connection."""
-    subprocess.run([sys.executable, "-W", "error", "-c", FORKS, url], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", FORKS, url], check=True, timeout=150)
     store = ClickHouseStore(url)
     assert store.total().messages == 21
     store.close()

@@ -108,7 +108,7 @@ def test_a_ledger_that_does_not_answer(ledger: SqliteStore, monkeypatch: pytest.
 
 
 def shell(program: str, script: str) -> list[str]:
-    done = subprocess.run([program, *_PLAIN[program], script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, *_PLAIN[program], script], capture_output=True, text=True, timeout=150)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split()
 

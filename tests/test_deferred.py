@@ -284,7 +284,7 @@ def test_other_processes_complete_it(instrument):
         reader.stdin.write("\n")
         reader.stdin.flush()
     for reader in readers:
-        reader.communicate(timeout=60)
+        reader.communicate(timeout=150)
         assert reader.returncode == 0
     message = ledger.message()
     assert (message.key, message.usage) == ("acme", READ)

@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def spryng(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "spryng_instrument", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
 
 
 def message(**more: object) -> Message:

@@ -123,8 +123,8 @@ class TestWorker:
         ledger = instrument()
         with usage_context("acme", conversation_id="c1", tags=["a", "b"], query="q", properties={"n": 1, "x": None}):
             first = ask.delay("hello")
-        assert first.get(timeout=20, interval=0.01) == ["acme", "c1", ["a", "b"], "q", {"n": 1, "x": None}]
-        assert ask.delay("hello").get(timeout=20, interval=0.01) is None
+        assert first.get(timeout=60, interval=0.01) == ["acme", "c1", ["a", "b"], "q", {"n": 1, "x": None}]
+        assert ask.delay("hello").get(timeout=60, interval=0.01) is None
         found = [(m.key, m.conversation_id, m.tags, m.query, m.properties) for m in ledger.messages()]
         assert found == [("acme", "c1", ("a", "b"), "q", {"n": 1, "x": None}), (None, None, (), None, None)]
 
@@ -135,13 +135,13 @@ class TestWorker:
         for name in customers:
             with usage_context(name):
                 results.append(chained.delay())
-        assert [result.get(timeout=20, interval=0.01) for result in results] == [[name] for name in customers]
+        assert [result.get(timeout=60, interval=0.01) for result in results] == [[name] for name in customers]
 
     def test_retries_belong_to_the_first_attempt(self) -> None:
         """A retry keeps its sender's customer, even if asked for within another context."""
         with usage_context("acme"):
             result = retrying.delay()
-        assert result.get(timeout=20, interval=0.01) == "acme"
+        assert result.get(timeout=60, interval=0.01) == "acme"
         assert seen == ["acme"] * 3
 
     def test_chains_and_groups(self) -> None:
@@ -150,35 +150,35 @@ class TestWorker:
             steps = chain(chained.s(), chained.s(), chained.s()).delay()
             several = group(chained.s() for _ in range(3)).delay()
             linked = chained.apply_async(link=chained.s())
-        assert steps.get(timeout=20, interval=0.01) == ["acme"] * 3
-        assert several.get(timeout=20, interval=0.01) == [["acme"]] * 3
-        assert linked.get(timeout=20, interval=0.01) == ["acme"]
-        assert linked.children[0].get(timeout=20, interval=0.01) == ["acme", "acme"]
+        assert steps.get(timeout=60, interval=0.01) == ["acme"] * 3
+        assert several.get(timeout=60, interval=0.01) == [["acme"]] * 3
+        assert linked.get(timeout=60, interval=0.01) == ["acme"]
+        assert linked.children[0].get(timeout=60, interval=0.01) == ["acme", "acme"]
 
     def test_a_task_that_sends_tasks(self) -> None:
         """What a task sends is its customer's, with what it adds itself."""
         with usage_context("acme", conversation_id="c1"):
-            sent = sending.delay().get(timeout=20, interval=0.01)
-        assert app.AsyncResult(sent).get(timeout=20, interval=0.01)[:2] == ["acme", "c2"]
+            sent = sending.delay().get(timeout=60, interval=0.01)
+        assert app.AsyncResult(sent).get(timeout=60, interval=0.01)[:2] == ["acme", "c2"]
 
     def test_an_eager_task_within_a_worker(self) -> None:
         """A task that a task runs eagerly is of the same customer, and leaves the outer scope as it was."""
         with usage_context("acme"):
-            assert worker_runs_eagerly.delay().get(timeout=20, interval=0.01) == ["acme", ["acme"], "acme"]
+            assert worker_runs_eagerly.delay().get(timeout=60, interval=0.01) == ["acme", ["acme"], "acme"]
 
     def test_a_failing_task_leaves_nothing(self) -> None:
         """After tasks that failed, the workers' next tasks have no customer of theirs."""
         with usage_context("acme"):
             for result in [fail.delay() for _ in range(4)]:
                 with pytest.raises(ValueError, match="mine"):
-                    result.get(timeout=20, interval=0.01)
-        assert [chained.delay().get(timeout=20, interval=0.01) for _ in range(4)] == [[None]] * 4
+                    result.get(timeout=60, interval=0.01)
+        assert [chained.delay().get(timeout=60, interval=0.01) for _ in range(4)] == [[None]] * 4
         assert not celery._running
 
     @pytest.mark.parametrize("header", ["acme", 7, [], {}, {"key": 7.5, "tags": 3, "unknown": 1}], ids=repr)
     def test_odd_headers_break_nothing(self, header: Any) -> None:
         """A header that is not ours, or of another version, costs the customer, never the task."""
-        assert chained.apply_async(headers={"spryng": header}).get(timeout=20, interval=0.01) == [None]
+        assert chained.apply_async(headers={"spryng": header}).get(timeout=60, interval=0.01) == [None]
 
 
 def test_eager_tasks() -> None:

@@ -49,7 +49,7 @@ def started(name: str, folder: Path, **arguments: Any) -> Iterator[subprocess.Po
         process.communicate()
 
 
-def run(name: str, folder: Path, *, status: int = 0, timeout_s: float = 100, **arguments: Any) -> dict[str, Any]:
+def run(name: str, folder: Path, *, status: int = 0, timeout_s: float = 150, **arguments: Any) -> dict[str, Any]:
     """What a program of workers.py said, once it has ended as it should."""
     with started(name, folder, **arguments) as process:
         out, err = process.communicate(timeout=timeout_s)
@@ -114,7 +114,7 @@ def test_killed_at_random_moments(tmp_path: Path, drainers: int, lock_s: float, 
     messages = drained(tmp_path, kills=told["kills"])
     returned = assert_exactly_once(tmp_path, messages, in_flight=told["kills"])
     assert told["kills"] >= 84
-    assert returned > 100  # even where the machine is busy
+    assert returned >= told["waited"] > 10
     assert holes(tmp_path) == 0
     record_property("kill test", f"{told['kills']} kills, {returned} calls returned, {len(messages)} messages")
     print(f"{told['kills']} kills, {returned} calls returned, {len(messages)} messages")

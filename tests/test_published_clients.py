@@ -102,7 +102,7 @@ def called(python: str, server: Serving, *calls: dict[str, Any], key: str | None
     """What the client gave back for each call, made plain and async."""
     done = subprocess.run(
         [python, "-c", PROGRAM], input=json.dumps([server.url, key or server.key, calls]), capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer: list[Any] = json.loads(done.stdout)

@@ -68,7 +68,7 @@ class Metered:
         """What is in the ledger, oldest first."""
         return [row.message.id for row in SqliteStore(self.path, create=False).messages(limit=10**9).rows][::-1]
 
-    def arrived(self, timeout_s: float = 10.0) -> bool:
+    def arrived(self, timeout_s: float = 60.0) -> bool:
         """Whether all that was recorded is delivered by itself, without a flush."""
         return until(lambda: not spryng_instrument.stats().waiting, timeout_s)
 
@@ -78,7 +78,7 @@ class Metered:
         return recording.active
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:

@@ -90,7 +90,7 @@ def run(command: list[str], folder: Path, server: PracticeServer) -> subprocess.
     environ["SPRYNG_WEBHOOK_SECRET"] = f"whsec_{'c2Vj' * 8}"
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     return subprocess.run(
-        programs[command[0]] + command[1:], cwd=folder, env=environ, capture_output=True, text=True, timeout=60
+        programs[command[0]] + command[1:], cwd=folder, env=environ, capture_output=True, text=True, timeout=150
     )
 
 
@@ -109,7 +109,7 @@ def test_the_server(tmp_path: Path, server: PracticeServer) -> None:
             assert "Track Usage API at http://127.0.0.1:8321" in "".join(serving.stderr.readline() for _ in range(2))
             done = subprocess.run(
                 f"{CURL} -sS --retry 20 --retry-connrefused --retry-delay 1", shell=True, env=environ, text=True,
-                capture_output=True, timeout=60,
+                capture_output=True, timeout=150,
             )  # fmt: skip
             assert re.fullmatch(r'\{"id":"[\w-]+","status":"recorded"\}', done.stdout), done.stderr
         finally:

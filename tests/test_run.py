@@ -48,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "spryng_instrument", "run", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -249,7 +249,7 @@ def test_servers_with_workers(here: Path, server: str) -> None:
 def ask(port: int) -> list[str]:
     """Ask, several at a time, until both workers have answered."""
     answered: list[str] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     with ThreadPoolExecutor(6) as pool:
         while len(set(answered)) < 2 and time.monotonic() < deadline:
             answered += filter(None, pool.map(ask_once, [port] * 6))
@@ -259,7 +259,7 @@ def ask(port: int) -> list[str]:
 def ask_once(port: int) -> str | None:
     """Which worker answered. None: the server is not there yet."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=90) as reply:
             answer: bytes = reply.read()
             return answer.decode()
     except urllib.error.URLError:

@@ -100,7 +100,7 @@ def usage_of(events):
 
 def post(server, body, path="/v1/chat/completions", **headers):
     """POST without an SDK, for what the SDK would never send."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         connection.request("POST", path, body, {"Authorization": "Bearer practice", **headers})
         response = connection.getresponse()
@@ -632,7 +632,7 @@ def test_refusals(server, status, body, path, headers):
 )
 def test_organization_refuses(server, status, key, path):
     """Usage and costs are told to administrators, who ask right."""
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=10)
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
     connection.request("GET", f"/v1/organization/{path}", headers={"Authorization": f"Bearer {key}"})
     response = connection.getresponse()
 
@@ -720,7 +720,7 @@ async def test_many_tasks(server, aclient):
 
 def test_connection_is_kept_alive(server):
     """One connection carries many requests, errors and streams included."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.connect()
     connected = connection.sock
     for body, fault in (({}, ""), ({"stream": True}, ""), ({}, "429"), ({"stream": True}, "stream-error"), ({}, "")):
@@ -739,7 +739,7 @@ def test_client_that_goes_away_is_silent(capfd, sent):
     body = json.dumps({**CALLS["chat.completions"], "stream": True, "n": 9})
     head = f"POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer p\r\nContent-Length: {len(body)}\r\n\r\n"
     with PracticeServer(chunk_delay_s=0.001) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             connection.sendall(sent or (head + body).encode())
             if sent is None:
                 connection.recv(1)

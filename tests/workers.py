@@ -162,7 +162,10 @@ def drains_for_ever(folder: Path) -> None:
 
 
 def kill(folder: Path, *, rounds: int, workers: int, drainers: int, lock_s: float) -> None:
-    """Kill each worker once a round, at a random moment, and start it again; drainers half as often."""
+    """Kill each worker once a round, at a random moment, and start it again; drainers half as often.
+
+    Half of the workers are killed only once a call has returned to them, however busy the machine is.
+    """
     seed = random.SystemRandom().randrange(2**32)
     dice = random.Random(seed)
 
@@ -176,12 +179,16 @@ def kill(folder: Path, *, rounds: int, workers: int, drainers: int, lock_s: floa
     client().chat.completions.create(**ASK)  # what the SDK imports at its first call, once for all
     running = {name: start(name) for name in names}
     lock = forked(lambda: hold_lock(folder, lock_s)) if lock_s else None
-    kills = done = 0
+    kills = done = waited = 0
     while done < rounds or (lock is not None and not _ended(lock)):
         for name in dice.sample(names, len(names)):
             time.sleep(dice.random() * (0.1 if done < rounds else 1.0))
-            if name[0] == "drainer" and dice.random() < 0.5:
-                continue
+            if dice.random() < 0.5:
+                if name[0] == "drainer":
+                    continue
+                waited += 1
+                while not any(file.stat().st_size for file in (folder / "returned").glob(f"{running[name]}-*")):
+                    time.sleep(0.002)
             os.kill(running[name], signal.SIGKILL)
             status = os.waitpid(running[name], 0)[1]
             assert os.WIFSIGNALED(status), f"{name} ended by itself, with {status}"
@@ -192,7 +199,7 @@ def kill(folder: Path, *, rounds: int, workers: int, drainers: int, lock_s: floa
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         kills += 1
-    say(kills=kills, rounds=done, seed=seed)
+    say(kills=kills, waited=waited, rounds=done, seed=seed)
 
 
 def _ended(pid: int) -> bool:
