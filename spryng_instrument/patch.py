@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from spryng_instrument import recorder as recording
 from spryng_instrument.agents import SessionCall, TurnsRead
+from spryng_instrument.connections import see_anew
 from spryng_instrument.context import Scope, current_scope
 from spryng_instrument.endpoints import endpoint_of
 from spryng_instrument.errors import MissingKeyError, Refusal
@@ -23,7 +24,7 @@ from spryng_instrument.observe import Call, Read
 from spryng_instrument.recorder import Recorder
 from spryng_instrument.seams import unwrap, wrap
 from spryng_instrument.settings import Settings, differences, resolve
-from spryng_instrument.sockets import patch_sockets, see_anew
+from spryng_instrument.sockets import patch_sockets
 
 log = logging.getLogger("spryng_instrument")
 

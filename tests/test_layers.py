@@ -39,6 +39,7 @@ CAPTURE = [
     "observe",
     "agents",
     "seams",
+    "connections",
     "sockets",
     "surface",
     "patch",

@@ -5,6 +5,7 @@ A real server on loopback sends the events; the SDK's own connections receive th
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
 import json
@@ -21,7 +22,7 @@ import openai
 import pytest
 
 import spryng_instrument
-from spryng_instrument import sockets, usage_context
+from spryng_instrument import connections, usage_context
 from spryng_instrument.message import Usage
 from tests import shapes
 from tests.shapes import MODES, running, settle
@@ -52,7 +53,7 @@ REALTIME = [
     realtime("response.done", 1, status="completed", usage=REALTIME_USAGE),
     realtime("response.created", 2, status="in_progress"),
     realtime("response.done", 2, status="failed", status_details={"error": {"code": "boom"}}),
-    {"type": sockets.TRANSCRIBED, "event_id": "t", "item_id": "item_1", "content_index": 0, "transcript": "hi",
+    {"type": connections.TRANSCRIBED, "event_id": "t", "item_id": "item_1", "content_index": 0, "transcript": "hi",
      "usage": {"type": "duration", "seconds": 1.5}},
 ]  # fmt: skip
 RESPONSES = [
@@ -330,6 +331,60 @@ def test_lanes_of_the_sdk(mode, instrument):
     assert [(message.key, message.request_model) for message in messages] == [("acme", "gpt-5"), ("bluepeak", "gpt-5")]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_asked_for_while_the_sdk_connects_again(mode, instrument):
+    """The SDK keeps it, and sends it over the next connection: it is answered there, what was asked before is not."""
+    kind = responses_connection(mode)
+    if "on_reconnecting" not in inspect.signature(kind).parameters:
+        pytest.skip(f"openai {openai.__version__} connects no connection again")
+    from websockets.sync.server import serve
+
+    received: list[str] = []
+
+    def lost_once(socket: Any) -> None:
+        for asked in socket:
+            received.append(json.loads(asked)["input"])
+            if len(received) == 1:
+                socket.close(1012)
+                return
+            for event in answer(len(received), sequence_number=0):
+                socket.send(json.dumps(event))
+
+    def ask(connection: Any, key: str) -> Any:
+        with usage_context(key):
+            sent = connection.send({"type": "response.create", "model": "gpt-5", "input": key})
+            return asyncio.ensure_future(sent) if mode == "async" else sent
+
+    async def call(url: str) -> None:
+        client = (openai.AsyncOpenAI if mode == "async" else openai.OpenAI)(
+            api_key="practice", websocket_base_url=url, base_url="http://127.0.0.1:9/v1"
+        )
+        sent: list[Any] = []
+        manager = client.responses.connect(
+            on_reconnecting=lambda _: sent.append(ask(connection, "bluepeak")), initial_delay=0.05
+        )
+        with usage_context("shared"):
+            connection = await settle(manager.enter())
+        await settle(ask(connection, "acme"))
+        async for event in shapes.each(connection):
+            if event.type == "response.completed" and len(sent) == 1:
+                await settle(sent[0])
+                sent.append(ask(connection, "carol"))
+                await settle(sent[1])
+            elif event.type == "response.completed":
+                break
+        await settle(connection.close())
+        await settle(client.close())
+
+    ledger = instrument()
+    with serve(lost_once, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running(mode)(call(f"ws://127.0.0.1:{server.socket.getsockname()[1]}/v1"))
+        server.shutdown()
+    assert received == ["acme", "bluepeak", "carol"]
+    assert [message.key for message in ledger.messages()] == ["bluepeak", "carol"]
+
+
 def test_what_was_asked_for_over_a_connection_that_was_lost(instrument):
     """What the SDK has connected again never answers what was asked for before."""
     ledger = instrument()
@@ -473,7 +528,7 @@ def test_a_delegated_response_that_breaks_off(instrument):
 def test_a_session_goes_on_without_its_sideband(instrument, monkeypatch):
     """A sideband may leave a session and come back: its end counts, or what was told last if nobody sees the end."""
     module = pytest.importorskip("openai.resources.live.sideband")
-    monkeypatch.setattr(sockets, "_HELD", 2)
+    monkeypatch.setattr(connections, "_HELD", 2)
     ledger = instrument()
 
     def attach(session_id: str, events: list[dict[str, Any]]) -> None:
@@ -691,15 +746,15 @@ def test_a_connection_that_comes_back(instrument):
 def test_ends_are_not_remembered_for_ever(instrument, monkeypatch):
     """A process that lives for months remembers the last ends only."""
     module = pytest.importorskip("openai.resources.realtime.realtime")
-    monkeypatch.setattr(sockets, "_REMEMBERED", 10)
+    monkeypatch.setattr(connections, "_REMEMBERED", 10)
     ledger = instrument()
     connection = module.RealtimeConnection(handshake("api.openai.com"))
     for number in range(100):
         for _ in range(2):
             connection.parse_event(json.dumps(realtime("response.done", number, usage=REALTIME_USAGE)))
     assert len(ledger.messages()) == 100
-    assert len(sockets._seen._ended) + len(sockets._seen._ended_before) <= 20
-    assert len(sockets._seen._open) <= 1
+    assert len(connections._seen._ended) + len(connections._seen._ended_before) <= 20
+    assert len(connections._seen._open) <= 1
 
 
 def handshake(host: str | None, path: str = "/v1/realtime") -> Any:
