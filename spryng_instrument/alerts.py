@@ -138,7 +138,7 @@ class Alerts:
                 if time.monotonic() >= until:
                     return
                 # Just before it is posted: who claims more than it posts keeps the others from posting them.
-                if self._claimed(due, now) and not self._answered(due.record, TRIES_S[:1], until):
+                if self._claimed(due, now) and not self._answered(due.record, TRIES_S[:1], inf):
                     return
         finally:
             self._posting.release()

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import openai
 import openai._base_client as base
 import pytest
@@ -19,6 +20,12 @@ from spryng_instrument import checks, context, patch, recorder
 from spryng_instrument.message import Message
 from spryng_instrument.store.sqlite import SqliteStore
 from spryng_instrument.testing import PracticeServer
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "ours", hypothesis.settings(), deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ours")
 
 recorder.strict = True  # a bug of ours fails the test it happens in
 
@@ -51,7 +58,7 @@ class Ledger:
 
     def messages(self) -> list[Message]:
         """Every message, oldest first."""
-        assert spryng_instrument.flush(), spryng_instrument.stats()
+        assert spryng_instrument.flush(60), spryng_instrument.stats()
         if not self.path.exists():
             return []
         return [row.message for row in self.store.messages(limit=1_000_000).rows][::-1]

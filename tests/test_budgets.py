@@ -80,6 +80,12 @@ def write(tmp_path: Path) -> Write:
     return written
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call waits for a reading for as long as a busy machine takes."""
+    monkeypatch.setattr(spending, "WAIT_S", 60.0)
+
+
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ledger is read every 50 ms."""
@@ -99,7 +105,7 @@ def used_by(ours: Spending, key: str | None, tags: tuple[str, ...] = ()) -> dict
         return {tally.budget.name: (tally.messages, tally.tokens, tally.in_flight) for tally in ours._of(key, tags)}
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -726,10 +732,9 @@ def test_a_reading_grows_old(instrument: Any, write: Write, client: openai.OpenA
     instrument(budgets=write({"messages": 10**6, "hard": True, "on_unknown": "closed"}))
     client.chat.completions.create(**ASK)
     assert spryng_instrument.flush()
-    for path in ledger.path.parent.glob("usage.db*"):
-        if path.is_file():
-            path.unlink()
-    ledger.path.write_bytes(b"no ledger" * 1000)
+    garbage = ledger.path.with_name("garbage")
+    garbage.write_bytes(b"no ledger" * 1000)
+    garbage.replace(ledger.path)  # at once: a reader that finds none, or a part, may make a ledger of it
 
     def unknown() -> bool:
         try:
@@ -1058,7 +1063,8 @@ def test_a_receiver_that_fails(write: Write, ledger: Ledger, receiver: Receiver,
 
 
 @pytest.fixture
-def many_alerts(write: Write, ledger: Ledger, receiver: Receiver) -> tuple[Alerts, SqliteStore]:
+def many_alerts(write: Write, ledger: Ledger, receiver: Receiver,
+                monkeypatch: pytest.MonkeyPatch) -> tuple[Alerts, SqliteStore]:  # fmt: skip
     """Of 20 customers, c00 to c19, three alerts each: appended, and not posted."""
     store = SqliteStore(ledger.path)
     now = datetime.now(timezone.utc)
@@ -1067,6 +1073,7 @@ def many_alerts(write: Write, ledger: Ledger, receiver: Receiver) -> tuple[Alert
     alerts = Alerts(store, budgets)
     alerts.look(budget_states(store, budgets.budgets, now), now)
     assert len(store.records("alert")) == 60
+    monkeypatch.setattr(alerting, "ROUND_S", 120.0)
     return alerts, store
 
 
@@ -1127,8 +1134,8 @@ def test_a_round_of_posts_ends(many_alerts: tuple[Alerts, SqliteStore], receiver
                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """A slow receiver holds whoever posts for a stated time; what it was not told in it is told in the next rounds."""
     alerts, store = many_alerts
-    monkeypatch.setattr(alerting, "ROUND_S", 0.6)
-    receiver.hangs_s = 0.2
+    monkeypatch.setattr(alerting, "ROUND_S", 2.0)
+    receiver.hangs_s = 0.7
     alerts.post()
     assert 1 <= len(receiver.got) <= 3
     now = datetime.now(timezone.utc) + timedelta(seconds=61)
@@ -1136,7 +1143,7 @@ def test_a_round_of_posts_ends(many_alerts: tuple[Alerts, SqliteStore], receiver
     alerts.post(now)
     assert before < len(receiver.got) <= before + 3
     receiver.hangs_s = 0.0
-    monkeypatch.setattr(alerting, "ROUND_S", 60.0)
+    monkeypatch.setattr(alerting, "ROUND_S", 120.0)
     alerts.post(now + timedelta(seconds=1))
     assert len(store.records("alert.sent")) == 60
     assert len({id for id, _ in receiver.got}) == len(receiver.got)
@@ -1189,9 +1196,11 @@ def test_readings_do_not_wait_for_alerts(ledger: Ledger, monkeypatch: pytest.Mon
     ours = Spending(
         budgets, store, Alerts(store, budgets), on_budget="raise", nothing_waits=lambda: True, bug=pytest.fail
     )
+    started = time.monotonic()
     ours.refresh()
+    took_s = time.monotonic() - started
     assert 0 < len(store.records("alert")) < 30
-    assert ours._interval_s < 10 * 0.4
+    assert ours._interval_s < 10 * took_s
     for _ in range(9):
         ours.refresh()
     assert len(store.records("alert")) == 30

@@ -177,7 +177,7 @@ def chaos(folder: Path, destination: str, *, servers: int, break_database: Calla
         done["kills of servers"] = sum(program.kills for program in running)
         for program in running:
             program.process.terminate()
-            assert program.process.wait(30) == 0
+            assert program.process.wait(120) == 0
     return done
 
 

@@ -21,15 +21,22 @@ from spryng_instrument.store.sqlite import SqliteStore
 
 from .messages import NOON, message
 
+PROGRAM = """
+from spryng_instrument.cli import main, names
+names.PATIENCE_S = 60.0
+main()
+"""
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test in a folder of its own, where `spryng` is this one."""
+    """Every test in a folder of its own, where `spryng` is this one, and as patient as a busy machine needs."""
+    monkeypatch.setattr(names, "PATIENCE_S", 60.0)
     for name in [name for name in os.environ if name.startswith("SPRYNG_")]:
         monkeypatch.delenv(name)
     command = tmp_path / "bin" / "spryng"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m spryng_instrument "$@"\n')
+    command.write_text(f"#!{sys.executable}\n{PROGRAM}")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

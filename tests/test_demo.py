@@ -42,13 +42,13 @@ def message(**more: object) -> Message:
 
 
 def test_the_first_command(here: Path) -> None:
-    """200 real calls for eight customers end in a table and in the proof that none is missing, within 15 s of work."""
+    """200 real calls for eight customers end in a table and in the proof that none is missing, within 30 s of work."""
     before = os.times()
 
     done = spryng("demo")
 
     after = os.times()  # not by the clock: other tests are at work beside it
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 15
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 30
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["key", *demo.CUSTOMERS, "total"]

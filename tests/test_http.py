@@ -501,7 +501,7 @@ def test_killed_while_delivering(tmp_path: Path, batches: bool) -> None:
             )  # fmt: skip
             assert process.stdout
             returned += [process.stdout.readline().strip() for _ in range(20)]
-            assert arrived.wait(20)
+            assert arrived.wait(60)
             process.send_signal(signal.SIGKILL)
             returned += process.stdout.read().split()
             assert process.wait() == -signal.SIGKILL
@@ -546,7 +546,7 @@ def test_our_own_server(tmp_path: Path) -> None:
     finally:
         destination.close()
         process.terminate()
-        process.wait(30)
+        process.wait(120)
     kept = [row.message for row in SqliteStore(path, create=False).messages(limit=1000).rows]
     assert sorted(kept, key=lambda each: each.sequence or 0) == batch
 

@@ -174,7 +174,7 @@ async def test_a_client_that_leaves(instrument: Callable[..., Any], asking: Call
         finally:
             after.append(key())
 
-    async with serving(app) as url, httpx.AsyncClient() as client:
+    async with serving(app) as url, httpx.AsyncClient(timeout=60) as client:
         async with client.stream("GET", url, headers=of("acme")) as reply:
             async for _ in reply.aiter_bytes():
                 break

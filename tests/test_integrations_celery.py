@@ -239,7 +239,7 @@ def test_a_prefork_worker(tmp_path: Path) -> None:
             with usage_context(customer, tags=["a"] if customer else ()):
                 results.append((customer, shop["whose"].delay()))
         for customer, result in results:
-            assert result.get(timeout=60, interval=0.05) == [customer, ["a"] if customer else None, "w"]
+            assert result.get(timeout=150, interval=0.05) == [customer, ["a"] if customer else None, "w"]
     finally:
         worker.terminate()
-        worker.wait(30)
+        worker.wait(120)

@@ -115,7 +115,7 @@ def test_a_submitter_who_has_left() -> None:
     go = threading.Event()
 
     def late() -> list[str | None]:
-        go.wait(10)
+        go.wait(60)
         before = key()
         with usage_context(conversation_id="c1"):
             inner = key()
@@ -192,7 +192,7 @@ def test_threads_carry(threads: None, instrument: Callable[..., Any], client: op
     go = threading.Event()
 
     def ask() -> None:
-        go.wait(10)
+        go.wait(60)
         client.embeddings.create(model="text-embedding-3-small", input="hello")
 
     started = []

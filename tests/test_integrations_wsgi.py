@@ -97,7 +97,7 @@ def test_concurrent_requests_are_never_mixed(instrument: Callable[..., Any], sho
     """50 requests to a threaded server, each of its own customer: each streams and is recorded as its own."""
     ledger = instrument()
     customers = [f"customer-{number}" for number in range(50)]
-    with serving(shop) as url, httpx.Client() as client, ThreadPoolExecutor(10) as pool:
+    with serving(shop) as url, httpx.Client(timeout=60) as client, ThreadPoolExecutor(10) as pool:
         replies = list(pool.map(lambda name: client.get(f"{url}/stream", headers=of(name, f"c-{name}")), customers))
     assert [reply.text for reply in replies] == [f"{name} " * 3 for name in customers]
     found = sorted((message.key or "", message.conversation_id or "") for message in ledger.messages())

@@ -159,7 +159,7 @@ def test_prefork_server(tmp_path: Path) -> None:
     """Instrumented before the fork, as under gunicorn --preload: workers ended by SIGTERM have lost nothing."""
     told = run("prefork", tmp_path, workers=3)
 
-    messages = drained(tmp_path)
+    messages = drained(tmp_path, kills=3)
     assert told["statuses"] == [-signal.SIGTERM] * 3
     assert_exactly_once(tmp_path, messages, in_flight=3)
     assert len({message.writer for message in messages}) == 4

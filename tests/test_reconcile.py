@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -200,11 +201,17 @@ def test_which_is_which_cannot_be_told(
 
 async def test_cancelled(instrument: Callable[..., Ledger]) -> None:
     """A task that was cancelled while the server was at work, which then was for nothing, and paid."""
-    ledger = instrument()
-    with PracticeServer(latency_s=1.0) as server:
+    ledger, begun = instrument(), threading.Event()
+
+    class Begins(PracticeServer):
+        def _fault(self, *request: Any) -> str:
+            begun.set()
+            return super()._fault(*request)
+
+    with Begins(latency_s=1.0) as server:
         async with openai.AsyncOpenAI(base_url=server.base_url, api_key="practice", max_retries=0) as client:
             call = asyncio.create_task(client.chat.completions.create(**CHAT))
-            await asyncio.sleep(0.5)
+            await asyncio.to_thread(begun.wait, 60)
             call.cancel()
             with suppress(asyncio.CancelledError):
                 await call

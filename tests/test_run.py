@@ -219,8 +219,8 @@ def wsgi(environ, start_response):
     return [answer()]
 """
 SERVERS = {
-    "uvicorn": ["served:asgi", "--workers", "2", "--port", "{port}", "--lifespan", "off", "--log-level", "warning"],
-    "gunicorn": ["served:wsgi", "--workers", "2", "--bind", "127.0.0.1:{port}", "--log-level", "warning"],
+    "uvicorn": "served:asgi --workers 2 --port {port} --lifespan off --log-level warning",
+    "gunicorn": "served:wsgi --workers 2 --bind 127.0.0.1:{port} --log-level warning --timeout 120",
 }
 
 
@@ -233,14 +233,14 @@ def test_servers_with_workers(here: Path, server: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [argument.format(port=port) for argument in SERVERS[server]]
+    arguments = SERVERS[server].format(port=port).split()
     command = [sys.executable, "-m", "spryng_instrument", "run", "--", sys.executable, "-m", server, *arguments]
     with subprocess.Popen(command) as started:
         try:
             answered = ask(port)
         finally:
             started.send_signal(signal.SIGTERM)
-            started.wait(30)
+            started.wait(120)
 
     assert len(set(answered)) == 2
     assert sorted(map(str, recorded(here))) == sorted(f"worker-{pid}" for pid in answered)

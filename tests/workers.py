@@ -188,6 +188,7 @@ def kill(folder: Path, *, rounds: int, workers: int, drainers: int, lock_s: floa
                     continue
                 waited += 1
                 while not any(file.stat().st_size for file in (folder / "returned").glob(f"{running[name]}-*")):
+                    assert os.waitpid(running[name], os.WNOHANG)[0] == 0, f"{name} ended by itself"
                     time.sleep(0.002)
             os.kill(running[name], signal.SIGKILL)
             status = os.waitpid(running[name], 0)[1]
@@ -323,7 +324,8 @@ def prefork(folder: Path, *, workers: int) -> None:
             call(sdk, returned)
 
     pids = [forked(work) for _ in range(workers)]
-    time.sleep(0.5)
+    while len([file for file in (folder / "returned").iterdir() if file.stat().st_size]) < workers + 1:
+        time.sleep(0.01)
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
