@@ -39,6 +39,9 @@ MAX_SENT = 2 * MAX_BYTES
 sends does not see the answer that says why."""
 SHUTDOWN_S = 30
 """Seconds that requests have to end once the server was told to."""
+WORKER_S = 20
+"""Seconds that a worker has to answer its parent, which kills it then: it does once it has imported everything. So long
+may one that died while it was asked go unnoticed."""
 CONNECTIONS = 1_000
 """Connections a worker; more are answered with 503."""
 
@@ -189,6 +192,7 @@ def serve(settings: Settings, *, host: str, port: int, workers: int) -> None:
             workers=workers,
             http=ImpatientProtocol,
             ws="none",
+            timeout_worker_healthcheck=WORKER_S,
             timeout_graceful_shutdown=SHUTDOWN_S,
             server_header=False,
             access_log=False,
