@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,6 @@ from urllib.parse import quote
 
 import psycopg
 
-from .proxy import free_port
-
 
 class Postgres:
     """A PostgreSQL that runs within a `with`, or ends with the process that started it.
@@ -29,7 +28,10 @@ class Postgres:
 
     def __init__(self, *, fsync: bool = False) -> None:
         self._fsync = "on" if fsync else "off"
-        self.port = free_port()
+        self._held = socket.socket()  # bound, but not listening: no other test is given the port
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.port = self._held.getsockname()[1]
         self._names = count(1)
         self._folder = tempfile.mkdtemp(prefix="spryng-postgres-")
         self._as_user: list[str] = []
@@ -85,7 +87,8 @@ class Postgres:
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the server and to all its processes: SIGSTOP, SIGCONT."""
         for pid in self._pids():
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def stop(self) -> None:
         """As an administrator does: connections are ended, transactions rolled back."""
@@ -121,6 +124,7 @@ class Postgres:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
+        self._held.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -135,6 +136,7 @@ _NEW_COSTS = f"""SELECT m.timestamp_us AS first_us, m.timestamp_us AS last_us,
     FROM json_each(?) c JOIN messages m ON m.id = c.value ->> 0 WHERE {{}}"""
 """What costs add to the rollups of messages that have had others, or none."""
 _APPEND = f"INSERT INTO records ({', '.join(RECORD)}) VALUES ({', '.join('?' * len(RECORD))})"
+T = TypeVar("T")
 _BUSY_S = 0.2
 """How long one connection waits for a locked ledger: a fork must wait for it."""
 
@@ -161,29 +163,20 @@ class SqliteStore(SqlBooks):
 
     def record(self, messages: Sequence[Message], *, timeout_s: float = 5.0) -> Receipt:
         """Keep *messages*, each id once, in one transaction that is on the disk when this returns."""
-        started = time.monotonic()
-        while True:
-            left = started + timeout_s - time.monotonic()
-            try:
-                return self._record(messages, min(max(left, 0.01), _BUSY_S), started)
-            except StoreBusyError:
-                if left <= _BUSY_S:
-                    raise
-                time.sleep(0.005)
+        return self._write(partial(self._record, messages), timeout_s)
 
-    def _record(self, messages: Sequence[Message], timeout_s: float, started: float) -> Receipt:
-        with self._connect(timeout_s, started) as db, _transaction(db):
-            new, outcomes = sort_out(messages, self._stored(_asking(db), [message.id for message in messages]))
-            [[newest]] = db.execute("SELECT coalesce(max(arrival), 0) FROM messages").fetchall()
-            rows = [row_of(message) for message in new.values()]
-            # Many rows a statement: each statement gives up the interpreter's lock, and may wait 5 ms to have it back.
-            for start in range(0, len(rows), _ROWS):
-                some = rows[start : start + _ROWS]
-                db.execute(_INSERT + ", ".join([_MARKS] * len(some)), [value for row in some for value in row])
-            for writer, given in numbers_of(new.values()).items():
-                db.execute(_WRITER, (writer, max(given), len(given)))
-            facts, values = self._message_facts(Filter())
-            db.execute(_ROLL_UP.format(f"{facts} AND m.arrival > ?"), [*values, newest])
+    def _record(self, messages: Sequence[Message], db: sqlite3.Connection) -> Receipt:
+        new, outcomes = sort_out(messages, self._stored(_asking(db), [message.id for message in messages]))
+        [[newest]] = db.execute("SELECT coalesce(max(arrival), 0) FROM messages").fetchall()
+        rows = [row_of(message) for message in new.values()]
+        # Many rows a statement: each statement gives up the interpreter's lock, and may wait 5 ms to have it back.
+        for start in range(0, len(rows), _ROWS):
+            some = rows[start : start + _ROWS]
+            db.execute(_INSERT + ", ".join([_MARKS] * len(some)), [value for row in some for value in row])
+        for writer, given in numbers_of(new.values()).items():
+            db.execute(_WRITER, (writer, max(given), len(given)))
+        facts, values = self._message_facts(Filter())
+        db.execute(_ROLL_UP.format(f"{facts} AND m.arrival > ?"), [*values, newest])
         return Receipt(tuple(outcomes))
 
     def arrivals(self, after: str | None = None, where: Filter = Filter(), *, limit: int = 1_000) -> Page:  # noqa: B008
@@ -207,14 +200,19 @@ class SqliteStore(SqlBooks):
 
     def set_costs(self, costs: Sequence[Cost]) -> None:
         """Freeze costs. A cost that is there already is never changed."""
-        with self._connect() as db, _transaction(db):
-            self._set_costs(db, first_known(costs), "cost_pusd IS NULL", micros(datetime.now(timezone.utc)))
+        known = first_known(costs)
+
+        def set_first(db: sqlite3.Connection) -> None:  # when they were set is when the ledger is ours
+            self._set_costs(db, known, "cost_pusd IS NULL", micros(datetime.now(timezone.utc)))
+
+        self._write(set_first)
 
     def reprice(self, costs: Sequence[Cost], document: Record | None = None) -> None:
         """Put these costs in place of those that are there, which are kept; and append what says so."""
         known = {cost.message_id: cost for cost in costs if cost.cost_usd is not None}
         ids = msgspec.json.encode(list(known)).decode()
-        with self._connect() as db, _transaction(db):
+
+        def reprice(db: sqlite3.Connection) -> None:
             db.execute(
                 f"INSERT INTO old_costs ({', '.join(OLD_COST)}) SELECT m.id, ?, m.cost_pusd, m.price_version "
                 "FROM json_each(?) c JOIN messages m ON m.id = c.value",
@@ -223,6 +221,8 @@ class SqliteStore(SqlBooks):
             self._set_costs(db, known, "1")
             if document is not None:
                 db.execute(_APPEND, record_row(document))
+
+        self._write(reprice)
 
     def _set_costs(
         self, db: sqlite3.Connection, costs: dict[str, Cost], condition: str, first_us: int | None = None
@@ -242,16 +242,15 @@ class SqliteStore(SqlBooks):
         """Append all of these, or none if the id of one is there already."""
         rows = [record_row(record) for record in records]
         try:
-            with self._connect() as db, _transaction(db):
-                db.executemany(_APPEND, rows)
+            self._write(lambda db: db.executemany(_APPEND, rows))
         except sqlite3.IntegrityError:
             return False
         return True
 
     def keep_api_key(self, key: ApiKey) -> None:
         """Keep a key of the server, in place of one with the same id."""
-        with self._connect() as db, _transaction(db):
-            db.execute(f"REPLACE INTO api_keys ({', '.join(API_KEY)}) VALUES (?, ?, ?, ?, ?, ?)", api_key_row(key))
+        statement = f"REPLACE INTO api_keys ({', '.join(API_KEY)}) VALUES (?, ?, ?, ?, ?, ?)"
+        self._write(lambda db: db.execute(statement, api_key_row(key)))
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -281,6 +280,19 @@ class SqliteStore(SqlBooks):
     def _listed(self, values: Sequence[Any]) -> str:
         return msgspec.json.encode(values).decode()
 
+    def _write(self, change: Callable[[sqlite3.Connection], T], timeout_s: float = 5.0) -> T:
+        """Make a change in one transaction. It waits that long for a locked ledger, with a new connection each time."""
+        started = time.monotonic()
+        while True:
+            left = started + timeout_s - time.monotonic()
+            try:
+                with self._connect(min(max(left, 0.01), _BUSY_S), started) as db, _transaction(db):
+                    return change(db)
+            except StoreBusyError:
+                if left <= _BUSY_S:
+                    raise
+                time.sleep(0.005)
+
     @contextmanager
     def _connect(self, timeout_s: float = 5.0, started: float | None = None) -> Iterator[sqlite3.Connection]:
         """A connection to this ledger, made and migrated as needed; what goes wrong is said as a StoreError."""
@@ -295,7 +307,7 @@ class SqliteStore(SqlBooks):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                 url = f"{self.path.resolve().as_uri()}?mode={mode}"
                 with closing(sqlite3.connect(url, uri=True, timeout=timeout_s, isolation_level=None)) as db:
-                    self._prepare(db)
+                    self._prepare(db, time.monotonic() + timeout_s)
                     opened = os.stat(self.path)
                     yield db
             if self._create and not _is_same(self.path, opened):
@@ -319,12 +331,12 @@ class SqliteStore(SqlBooks):
         except OSError as exc:
             raise StoreError(f"{self.path}: {exc.strerror or exc}. Messages wait in the journal.") from exc
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
+    def _prepare(self, db: sqlite3.Connection, until: float) -> None:
         version = self._version(db)
         if version < len(_MIGRATIONS):
             if version == 0 and not self._create:
                 raise StoreError(f"{self.path} is an empty file, no ledger yet")
-            db.execute("PRAGMA journal_mode = WAL")
+            _keep_log(db, until)
             with _transaction(db):
                 for step in _MIGRATIONS[self._version(db) :]:  # asked again: another process may have just done it
                     for statement in step:
@@ -356,6 +368,18 @@ class SqliteStore(SqlBooks):
 
 def _asking(db: sqlite3.Connection) -> Ask:
     return lambda question, values: db.execute(question, values).fetchall()
+
+
+def _keep_log(db: sqlite3.Connection, until: float) -> None:
+    """Have the ledger keep a write-ahead log. For others who do the same at the moment, SQLite itself does not wait."""
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.005)
 
 
 @contextmanager
