@@ -67,7 +67,7 @@ class Serving:
     def pid(self) -> int:
         return self.process.pid
 
-    def start(self, *, ready_s: float = 30.0) -> None:
+    def start(self, *, ready_s: float = 120.0) -> None:
         """Start it, and wait until it is ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -161,12 +161,12 @@ def serving(destination: str, *options: str, start: bool = True, **environ: str)
         environ: what its environment has besides that of the test. LIMITS is for limits that a test lowers:
             "serve.HEADERS_S=0.5 keys.FRESH_S=0.1".
     """
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     given = {name: value for name, value in os.environ.items() if not name.startswith("SPRYNG_")}
-    with tempfile.TemporaryDirectory() as folder:
+    with socket.socket() as held, tempfile.TemporaryDirectory() as folder:
+        # Bound until the server is gone, but not listening: the server can have the port, and no other test gets it.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
         python_path = [str(ROOT)]
         if limits := environ.pop("LIMITS", ""):
             # In the server's own processes, workers included, as their interpreters start.

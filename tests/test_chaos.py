@@ -158,7 +158,10 @@ def chaos(folder: Path, destination: str, *, servers: int, break_database: Calla
             else:
                 continue
             done[what] += 1
-        for number, proxy in enumerate(proxies):  # chance may have left it out
+        if break_database is not None and not done["database"]:  # chance may have left it out, and this as well
+            break_database()
+            done["database"] += 1
+        for number, proxy in enumerate(proxies):
             proxy.mode = "lose answers"
             writers[number].kill()
             writers[number].start()

@@ -214,7 +214,7 @@ def test_killed_after_it_answered() -> None:
     store = ClickHouseStore(f"clickhouse://127.0.0.1:{server.port}/default")
     messages = [message() for _ in range(3)]
     for number in range(3):
-        store.record(messages[number : number + 1])
+        store.record(messages[number : number + 1], timeout_s=100)
         server.kill()
         with pytest.raises(StoreError, match="Messages wait in the journal"):
             store.total()
@@ -245,7 +245,10 @@ def test_usage_and_total_are_of_one_moment(store: ClickHouseStore, url: str) -> 
         number = 0
         while not done.is_set():
             number += 1
-            other.record([message(key=f"k{number}", timestamp=NOON + timedelta(days=number % 700), tags=("a", "b"))])
+            other.record(
+                [message(key=f"k{number}", timestamp=NOON + timedelta(days=number % 700), tags=("a", "b"))],
+                timeout_s=60,
+            )
         other.close()
 
     store.record([])

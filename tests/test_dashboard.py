@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import os
 import random
 import re
 import socket
@@ -31,7 +32,7 @@ from spryng_instrument.server.dashboard.session import Link, Secret, renew
 from spryng_instrument.store import open_store
 from spryng_instrument.store.base import Filter, Store
 
-from .ledgers import BUDGETS, ODD, PLANS, fill
+from .ledgers import BUDGETS, NAMES, ODD, PLANS, fill
 from .messages import NOON, message
 from .servers import Postgres
 from .serving import Answer, Serving, serving, spryng
@@ -385,19 +386,27 @@ def test_headers(served: tuple[Serving, Store]) -> None:
         assert served[0].get(file.partition("?")[0]).headers["cache-control"] == "no-cache"
 
 
+def open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
 def test_a_file_that_nobody_reads(tmp_path: Path) -> None:
     """Whoever asks for a large file and does not take it is hung up on; who takes it has all of it."""
     store = open_store(f"sqlite:///{tmp_path / 'usage.db'}")
     for _ in range(12):
         store.record([message(query="x" * 8_000) for _ in range(500)])
-    with serving(f"sqlite:///{tmp_path / 'usage.db'}", LIMITS="serve.ANSWER_S=0.5") as server:
+    with serving(f"sqlite:///{tmp_path / 'usage.db'}", LIMITS="serve.ANSWER_S=2.0") as server:
         rows = csv_of(server.get("/dashboard/messages.csv?preset=all"))
         assert len(rows) == 6_000
+        idle = open_files(server.pid)
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", server.port))
             sock.sendall(b"GET /dashboard/messages.csv?preset=all HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            time.sleep(1.5)
+            until = time.monotonic() + 60
+            for hung_up in (False, True):  # what is not sent by then never is
+                while (open_files(server.pid) <= idle) != hung_up and time.monotonic() < until:
+                    time.sleep(0.05)
             received = 0
             with suppress(ConnectionError):
                 while part := sock.recv(1 << 20):
@@ -732,7 +741,9 @@ def test_billing_period(billed: tuple[Serving, Store, Path]) -> None:
 
 def test_budgets(billed: tuple[Serving, Store, Path]) -> None:
     """How much is used, the fullest first, as `spryng budgets` says it; each leads to its messages."""
-    server, _, folder = billed
+    server, store, folder = billed
+    now = datetime.now(timezone.utc)
+    store.record([message(key=key, timestamp=now) for key in NAMES[:3]])  # also as a month begins
     options = ["--budgets", "budgets.toml", "--destination", f"sqlite:///{folder / 'usage.db'}"]
     done = spryng("budgets", *options, cwd=folder)
     answer = server.get("/dashboard/budgets")

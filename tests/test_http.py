@@ -240,7 +240,7 @@ def test_no_key_in_the_url() -> None:
     ("header", "low", "high"),
     [
         ("7", 7, 7),
-        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=0.5), usegmt=True), 1000, 1800),
+        ("in half an hour", 1000, 1800),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
         ("99999999999999999999", 3600, 3600),
     ],
@@ -248,6 +248,8 @@ def test_no_key_in_the_url() -> None:
 )
 def test_retry_after(end: End, header: str, low: float, high: float) -> None:
     """Retry-After is read as seconds and as a date, and is believed for an hour at most."""
+    if header == "in half an hour":
+        header = format_datetime(datetime.now(timezone.utc) + timedelta(hours=0.5), usegmt=True)
     end.server.answer = lambda request: Reply(503, b"", {"retry-after": header})
     with pytest.raises(StoreError) as failed:
         end.destination.record([message()])

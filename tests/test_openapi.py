@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A server with a key of both scopes, which has no bug to log."""
     folder = tmp_path_factory.mktemp("openapi")
     destination = f"sqlite:///{folder / 'usage.db'}"
-    with serving(destination, start=False, LIMITS="bodies.BODY_S=0.5 serve.HEADERS_S=1.0") as server:
+    with serving(destination, start=False) as server:
         made = spryng("keys", "create", "x", "--scope", "read", "--scope", "ingest", "--destination", destination,
                       cwd=folder)  # fmt: skip
         server.key = made.stdout.strip()

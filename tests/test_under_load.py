@@ -369,7 +369,7 @@ async def test_pages_that_want_more_connections_than_there_are(postgres: Postgre
 def test_it_ends_though_a_question_does_not(postgres: Postgres, workers: str, number: signal.Signals) -> None:
     """Once what was accepted is recorded, and questions had their time, the process ends; it waits for no thread."""
     with postgres.ledger() as url, closing(PostgresStore(url)) as store, psycopg.connect(url) as readers:
-        with serving(url, "--workers", workers, LIMITS="serve.SHUTDOWN_S=1") as server, ThreadPoolExecutor(4) as pool:
+        with serving(url, "--workers", workers, LIMITS="serve.SHUTDOWN_S=4") as server, ThreadPoolExecutor(4) as pool:
             readers.execute("LOCK TABLE rollups IN ACCESS EXCLUSIVE MODE")
             for path in ("/usage", "/dashboard"):
                 pool.submit(server.get, path)
