@@ -234,8 +234,9 @@ def _usage(sent: TrackUsage, ours: bool) -> Usage | None:
             return checked_usage(sent.usage, any_total=True)
         except UsageError as exc:
             raise ApiError("usage", sent.usage, str(exc)) from None
-    for name in sent.usage.keys() - set(Usage.__struct_fields__):
-        raise NewerError(f"usage.{name}", sent.usage[name], _NEWER)
+    unknown = sorted(sent.usage.keys() - Usage.__struct_fields__)
+    if unknown:
+        raise NewerError(f"usage.{unknown[0]}", sent.usage[unknown[0]], _NEWER)
     try:
         usage = msgspec.convert(sent.usage, Usage)
     except msgspec.ValidationError as exc:

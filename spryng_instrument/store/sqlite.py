@@ -313,7 +313,7 @@ class SqliteStore(SqlBooks):
             if self._create and not _is_same(self.path, opened):
                 raise StoreError(f"{self.path} was deleted or replaced while it was written; it is made again")
         except sqlite3.OperationalError as exc:
-            if "locked" in str(exc) or "busy" in str(exc):
+            if _is_busy(exc):
                 raise StoreBusyError(
                     f"{self.path} stayed locked for {time.monotonic() - started:.1f} s by another process. Messages "
                     "wait in the journal; close what holds the ledger open in a transaction."
@@ -376,10 +376,15 @@ def _keep_log(db: sqlite3.Connection, until: float) -> None:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             return
-        except sqlite3.OperationalError:
-            if time.monotonic() >= until:
+        except sqlite3.OperationalError as exc:
+            if not _is_busy(exc) or time.monotonic() >= until:
                 raise
             time.sleep(0.005)
+
+
+def _is_busy(exc: sqlite3.OperationalError) -> bool:
+    """Whether another process has the ledger, and nothing is wrong with it."""
+    return "locked" in str(exc) or "busy" in str(exc)
 
 
 @contextmanager
