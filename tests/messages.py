@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime, timezone
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from spryng_instrument.message import Message, Usage, new_id
 
+needs_prices = pytest.mark.skipif(sys.version_info < (3, 11), reason="genai-prices needs Python 3.11")
+"""Of a test that reads public prices. Where they could be there and are not, it fails."""
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 ZONES = ("UTC", "Asia/Kolkata", "Pacific/Chatham", "America/Sao_Paulo", "Europe/Berlin", "America/New_York")
 # Clocks change: Sao Paulo skips midnight (2018-11-04) and repeats 23:00 (2018-02-17); Chatham, New York and Berlin.

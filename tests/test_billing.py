@@ -26,12 +26,12 @@ from spryng_instrument.billing.rating import rated, round_money
 from spryng_instrument.copying import copy
 from spryng_instrument.errors import BillError
 from spryng_instrument.message import BILLABLE, Message, Usage
-from spryng_instrument.prices import price_source, rate
+from spryng_instrument.prices import rate
 from spryng_instrument.store.base import Cost, Filter, Store, UsageRow
 from spryng_instrument.store.postgres import PostgresStore
 from spryng_instrument.store.sqlite import SqliteStore
 
-from .messages import message
+from .messages import message, needs_prices
 from .servers import Postgres
 from .test_processes import FULL
 
@@ -465,15 +465,14 @@ def test_corrections_that_cannot_be(store: Store) -> None:
         (lambda: invoice(store, "7"), "no closed bill '7'"),
     ]:
         with pytest.raises(BillError, match=said):
-            what()  # type: ignore[no-untyped-call]
+            what()
     assert store.records("adjustment") == []
     assert len(store.records("void")) == 1
 
 
+@needs_prices
 def test_prices_that_changed(ledger: Store) -> None:
     """A new price is shown before it is set, changes nothing that is closed, and the difference is on the next bill."""
-    if price_source().version is None:
-        pytest.skip("genai-prices needs Python 3.11")
     plans = plan("{ meter = 'cost', markup = 0 }")
     ledger.record(
         [used(usage=Usage(input_tokens=10_000_000, output_tokens=0, total_tokens=10_000_000)) for _ in range(2)]
@@ -776,10 +775,9 @@ def test_whatever_comes_when_the_same_is_billed(
             assert sum((row.cost_usd or 0) for row in rows) == sum((row.cost_usd or 0) for row in meter.rows)
 
 
+@needs_prices
 def test_rates_of_a_demo(store: Store) -> None:
     """A bill that goes by cost has what `rate` has priced."""
-    if price_source().version is None:
-        pytest.skip("genai-prices needs Python 3.11")
     store.record([used(usage=Usage(input_tokens=1_000_000, output_tokens=1_000_000, total_tokens=2_000_000))])
     rate(store)
     assert bill_of(store, plan("{ meter = 'cost', markup = 0.5 }")).total == Decimal("1.13")  # 0.75 and a half of it

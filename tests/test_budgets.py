@@ -50,7 +50,7 @@ from spryng_instrument.testing import PracticeServer
 
 from . import shapes, workers
 from .conftest import Ledger
-from .messages import message
+from .messages import message, needs_prices
 from .scripted import Reply, ScriptedServer
 from .serving import serving, spryng
 from .shapes import SDK
@@ -185,7 +185,7 @@ def test_instrument_says_it_too(tmp_path: Path, write: Write, monkeypatch: pytes
         with pytest.raises(SettingsError, match=r"SPRYNG_WEBHOOK_SECRET.*openssl rand"):
             spryng_instrument.instrument(budgets=path, destination=f"sqlite:///{tmp_path}/u.db")
     with pytest.raises(SettingsError, match="on_budget='explode': must be one of 'raise', 'warn', or a plain function"):
-        spryng_instrument.instrument(on_budget="explode")  # type: ignore[arg-type]
+        spryng_instrument.instrument(on_budget="explode")
     assert recording.active is None
 
 
@@ -423,7 +423,7 @@ def test_tokens(instrument: Any, write: Write, client: openai.OpenAI) -> None:
     assert used(None)["b0"][1] == (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="genai-prices needs Python 3.11")
+@needs_prices
 def test_money(instrument: Any, write: Write, client: openai.OpenAI, fast: None) -> None:
     """What the ledger has priced counts, once it has: a reading prices it."""
     path = write({"cost_usd": 1, "hard": True})
@@ -821,7 +821,7 @@ def test_a_message_that_a_bug_has_kept_out_takes_no_room(
     assert spryng_instrument.stats().errors == 1
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="genai-prices needs Python 3.11")
+@needs_prices
 def test_no_call_meets_half_an_import(write: Write) -> None:
     """Prices are loaded by instrument(), not by a thread beside a call: the HTTP library that comes with them is one
     that openai looks for, and would find the half of."""

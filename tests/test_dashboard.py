@@ -732,7 +732,7 @@ def test_billing_period(billed: tuple[Serving, Store, Path]) -> None:
     answer = server.get("/dashboard/key?key=acme&preset=billing&zone=Europe/Berlin")
     assert re.search(r"15 \w{3} \d{4} – 14 \w{3} \d{4}", text_of(answer))
     assert "Billing period" in text_of(answer)
-    with serving(f"sqlite:///{store.path}", SPRYNG_PLANS="/nowhere/plans.toml") as other:  # type: ignore[attr-defined]
+    with serving(f"sqlite:///{store.path}", SPRYNG_PLANS="/nowhere/plans.toml") as other:
         assert "Billing period" not in text_of(other.get("/dashboard"))
         assert other.get("/dashboard?preset=billing").status == 400
         assert "No plans yet" in text_of(other.get("/dashboard/bills"))
@@ -763,7 +763,7 @@ def test_presets() -> None:
 
     def of(preset: str, zone: str = "Asia/Kolkata") -> tuple[str | None, str | None]:
         where = question.read("/", QueryParams([("preset", preset), ("zone", zone)]), now=now).where
-        return tuple(each and each.isoformat() for each in (where.since, where.until))  # type: ignore[return-value]
+        return tuple(each and each.isoformat() for each in (where.since, where.until))
 
     assert of("7d") == ("2026-02-23T18:30:00+00:00", "2026-03-02T18:30:00+00:00")
     assert of("month") == ("2026-02-28T18:30:00+00:00", "2026-03-31T18:30:00+00:00")

@@ -290,7 +290,7 @@ def test_cut_off(here: Path, failure: BaseException, there: bool, monkeypatch: p
         (folder / "usage.csv").write_text("mine")
 
     with pytest.raises(type(failure)), whole_file(folder / "usage.csv", overwrite=True) as file:
-        export(store, Filter(), writer_of("csv", file))  # type: ignore[arg-type]
+        export(store, Filter(), writer_of("csv", file))
 
     assert [path.name for path in folder.iterdir()] == (["usage.csv"] if there else [])
     assert not there or (folder / "usage.csv").read_text() == "mine"
@@ -405,7 +405,7 @@ def test_what_arrives_meanwhile(here: Path, marks: bool) -> None:
     growing = Meanwhile(store, [costly(-99), costly(1)], [costly(-5)], marks=marks)
 
     with whole_file("usage.jsonl") as file:
-        exported = export(growing, Filter(), writer_of("jsonl", file))  # type: ignore[arg-type]
+        exported = export(growing, Filter(), writer_of("jsonl", file))
 
     assert exported.is_exact
     rows = read_jsonl(Path("usage.jsonl").read_bytes())
@@ -420,7 +420,7 @@ def test_all_of_a_busy_ledger(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     growing = Meanwhile(ledger(*there), [costly(-number) for number in range(1, 30)], [], marks=True)
 
     with whole_file("usage.jsonl") as file:
-        exported = export(growing, Filter(), writer_of("jsonl", file))  # type: ignore[arg-type]
+        exported = export(growing, Filter(), writer_of("jsonl", file))
 
     assert exported.is_exact
     assert [row["id"] for row in read_jsonl(Path("usage.jsonl").read_bytes())] == [each.id for each in there]

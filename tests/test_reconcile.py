@@ -34,13 +34,13 @@ from spryng_instrument.store.sqlite import SqliteStore
 from spryng_instrument.testing import PracticeServer
 
 from .conftest import Ledger
+from .messages import needs_prices
 from .shapes import SDK, http
 
 HELLO = [{"role": "user", "content": "Where is my order? " * 100}]
 CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": HELLO}
 LATER = timedelta(days=3)
 """By then every day of the calls is closed."""
-priced = pytest.mark.skipif(price_source().version is None, reason="genai-prices needs Python 3.11")
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_all_calls_agree(instrument: Callable[..., Ledger], server: PracticeServ
     """Chat, streams, completions, embeddings and responses: every number is OpenAI's, and refused calls are in none."""
     ledger = instrument()
     for model in ("gpt-4o-mini", "gpt-4.1", "gpt-5-mini"):
-        client.chat.completions.create(model=model, messages=HELLO)  # type: ignore[arg-type]
-        list(client.chat.completions.create(model=model, messages=HELLO, stream=True))  # type: ignore[arg-type]
+        client.chat.completions.create(model=model, messages=HELLO)
+        list(client.chat.completions.create(model=model, messages=HELLO, stream=True))
     client.chat.completions.create(model="gpt-4.1", messages=[{"role": "user", "content": "order? " * 2_000}])
     client.completions.create(model="gpt-3.5-turbo-instruct", prompt="Where is my order?")
     client.embeddings.create(model="text-embedding-3-small", input="order")
@@ -113,7 +113,7 @@ def test_all_calls_agree(instrument: Callable[..., Ledger], server: PracticeServ
     assert found.is_explained
 
 
-@priced
+@needs_prices
 def test_costs_agree(instrument: Callable[..., Ledger], server: PracticeServer, client: openai.OpenAI) -> None:
     """The list prices that messages get are those that OpenAI charges, to the trillionth."""
     ledger = instrument()
@@ -289,7 +289,7 @@ def test_unexplained(instrument: Callable[..., Ledger], server: PracticeServer, 
     found = reconciled(ledger, server)
 
     [line] = [line for line in found.lines if line.measure == "input_tokens"]
-    assert line.unexplained == line.difference == message.usage.input_tokens - 7  # type: ignore[operator]
+    assert line.unexplained == line.difference == message.usage.input_tokens - 7
     assert not found.is_explained
     assert "unexplained" in found.by_cause()
 
@@ -440,7 +440,7 @@ def test_open_costs() -> None:
     assert found == {("11-10", COST): {"open day": Decimal("-0.5")}}
 
 
-@priced
+@needs_prices
 def test_cost_of_what_is_not_here() -> None:
     """Tokens of another application are worth their list price; what it pays beside that is the price."""
     found = compared([a()], [theirs(2, 1_100, 10)], [charge("0.5"), charge("0.003")], cost="0.5")

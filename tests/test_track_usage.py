@@ -174,7 +174,7 @@ def test_times_are_aware(instrument: Callable[..., Ledger]) -> None:
     track_usage(key="acme", timestamp=moment, latency_ms=12.5, model="other-model", operation="rerank")
     for other in (datetime(2026, 3, 1), "2026-03-01T00:00:00Z"):  # noqa: DTZ001
         with pytest.raises(UsageError, match="must be a datetime with its zone"):
-            track_usage(key="acme", timestamp=other)  # type: ignore[arg-type]
+            track_usage(key="acme", timestamp=other)
     message = ledger.message()
     assert message.timestamp == moment
     assert message.timestamp.utcoffset() == timedelta(0)
@@ -193,7 +193,7 @@ def test_a_latency_is_a_number(latency_ms: Any, instrument: Callable[..., Ledger
 def test_an_operation_is_text(instrument: Callable[..., Ledger]) -> None:
     """One that is none is said and left out, like a key; the message is recorded."""
     ledger = instrument()
-    track_usage(key="acme", operation=b"rerank")  # type: ignore[arg-type]
+    track_usage(key="acme", operation=b"rerank")
     assert ledger.message().operation == "custom"
     assert spryng_instrument.stats().set_aside == 0
 
